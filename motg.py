@@ -3,20 +3,18 @@
 A language model that reasons writes one sampled token a step and forgets the rest of its distribution. MoT-G feeds
 back a weighted *mixture* of k token embeddings at each thinking step, closes the thought with `</think>`, answers in
 ordinary tokens, and is trained by GRPO on those mixture trajectories with rewards that a program can verify.
-
     logits z --softmax(z/T)--> p --k candidates v--> weights w --sum_i w_i E[v_i]--> next input       (thinking)
                                `--one token y: the same with a one-hot w-----------> next input       (answering)
 
 The sections follow the data; where they depart from the paper and its code, and why, is in README.md:
     1 settings    2 mixtures    3 the end of a thought    4 rollouts    5 log-probabilities    6 GRPO    7 tasks
     8 contained scoring    9 models    10 probes    11 a run's folder    12 training    13 evaluation, command line
-Shapes: B rows, one a (prompt, chain); G chains a prompt; P prompt length; T new tokens; k candidates a step; V
-    vocabulary; d width; L cache slots; N steps scored at once
+Shapes: B rows, one a (prompt, chain); G chains; P prompt length; T new tokens; k candidates; V vocabulary; d width; L slots
 """
 from __future__ import annotations
 
-import argparse, atexit, collections, contextlib, copy, difflib, fcntl, functools, hashlib, inspect, itertools, json
-import math, os, random, re, shutil, signal, sys, time
+import argparse, ast, collections, contextlib, copy, difflib, fcntl, functools, hashlib, inspect, json
+import math, multiprocessing, os, pickle, random, re, shutil, signal, struct, subprocess, sys, time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -28,16 +26,15 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-INF, TAG = math.inf, "</think>"
+transformers.utils.logging.disable_progress_bar()
+INF, TAG, recompute = math.inf, "</think>", functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 class UserError(ValueError):
     """A mistake of the caller's in one line: what was wrong, what is allowed. The program exits with `status`."""
     status = 2
 RunError = type("RunError", (UserError,), dict(status=1))  # what a run cannot go on from; all that it saved is intact
-
 def require(ok, message):
     """Raises UserError unless `ok`."""
     if not ok: raise UserError(message)
@@ -47,7 +44,6 @@ def refusing(message, error=UserError):
     """Turns any exception inside into one line: `message` and what the exception said."""
     try: yield
     except Exception as e: raise error(f"{message} ({(str(e).strip() or repr(e)).splitlines()[0][:150]})") from None
-
 # ------------------------------------------------------------------------------------------------ 1. settings
 def opt(group, default, help, allowed=None):
     """One setting: its --help group, default and text, and what is allowed: (least, most), inclusive, or words."""
@@ -88,37 +84,36 @@ class Config:
     grad_clip: float = opt("GRPO", 0.1, "largest gradient norm (paper: 0.1)", (1e-6, INF))
     kl_beta: float = opt("GRPO", 0.1, "weight of the KL to the reference, 0 keeps none (paper: 0.1)", (0, INF))
     clip: float = opt("GRPO", 0.2, "PPO's clip of the ratio (paper: 0.2)", (0, 1))
-    loss_average: str = opt("GRPO", "chain", "chain: the paper's code; token: DAPO; constant: Dr. GRPO", "chain token constant")
+    loss_average: str = opt("GRPO", "chain", "chain: paper's code; token: DAPO; constant: Dr. GRPO", "chain token constant")
     micro_tokens: int = opt("GRPO", 16384, "padded tokens a micro-batch; lower it when memory runs out", (1, INF))
     checkpoint_activations: bool = opt("GRPO", False, "recompute layers in the backward pass: less memory, slower")
     eval_problems: int = opt("evaluation", 100, "distinct test problems a task (paper: 100)", (1, INF))
     eval_every: int = opt("evaluation", 0, "steps between evaluations; 0: only before and after", (0, INF))
     save_every: int = opt("evaluation", 100, "steps between checkpoints; the last step always has one", (1, INF))
 
-# A named method is nothing but settings. The papers of `soft-thinking` and `mixture-of-inputs` do not train.
+# A named method is only settings, where not Config's defaults; soft-thinking and mixture-of-inputs do not train in theirs.
 METHODS = {
-    "single": dict(sampling="without-replacement", aggregation="probability", k=1, logprob="representative"),
-    "dirichlet": dict(sampling="top-k", aggregation="dirichlet", logprob="representative"),
+    "single": dict(sampling="without-replacement", aggregation="probability", k=1), "dirichlet": {},
     "different-tokens": dict(sampling="without-replacement", aggregation="probability", logprob="weighted"),
-    "soft-thinking": dict(sampling="top-k", aggregation="probability", logprob="representative"),
-    "mixture-of-inputs": dict(sampling="top-k", aggregation="posterior", logprob="representative"),
+    "soft-thinking": dict(aggregation="probability"), "mixture-of-inputs": dict(aggregation="posterior"),
     "multiplex": dict(sampling="with-replacement", aggregation="probability", logprob="exact"),
-    "soft-grpo": dict(sampling="top-k", aggregation="gumbel", logprob="exact")}
+    "soft-grpo": dict(aggregation="gumbel", logprob="exact")}
 SMOKE = dict(model="", task="chain_sum", chains=8, prompts_per_step=16, accumulate=1, steps=80, max_prompt_tokens=64,
              max_new_tokens=40, lr=5e-5, grad_clip=1.0, kl_beta=0.01, eval_problems=256, save_every=40)
 DRAWN = ("without-replacement", "with-replacement")  # rules whose candidates are drawn; the first is a sample from p
 
 def check_name(what, name, known):
     """Raises UserError, with the likely spelling or all that is allowed, when `name` is not among `known`."""
+    if name in known: return
     near = difflib.get_close_matches(name, known, n=1)
-    require(name in known, f"unknown {what} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(known)}"))
-
+    hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(known)}"
+    raise UserError(f"unknown {what} {name!r}; {hint}")
 def make_config(method="dirichlet", **overrides) -> Config:
     """Defaults, then --smoke's, then the method's, then `overrides`; checked. Raises UserError."""
     check_name("method", method, METHODS)
     for name in overrides: check_name("setting", name, Config.__annotations__)
-    return check_config(Config(**(SMOKE if overrides.get("smoke") else {}) | METHODS[method] | {"method": method} | overrides))
-
+    base = SMOKE if overrides.get("smoke") else {}
+    return check_config(Config(**base | METHODS[method] | {"method": method} | overrides))
 def check_config(cfg: Config) -> Config:
     """The one place where settings are checked; returns `cfg`. Raises UserError naming what is allowed."""
     for f in fields(cfg):
@@ -126,28 +121,25 @@ def check_config(cfg: Config) -> Config:
         if kind is float and type(value) is int: setattr(cfg, f.name, value := float(value))
         require(type(value) is kind, f"{f.name} = {value!r}: expected {kind.__name__}")
         if kind is str and allowed: check_name(f.name, value, allowed.split())
-        elif allowed: require(allowed[0] <= value <= allowed[1] and value < INF, f"{f.name} = {value}: allowed is {allowed}")
+        elif allowed: require(allowed[0] <= value <= allowed[1] and value < INF,
+                              f"{f.name} = {value}: allowed is a finite number, {allowed[0]} to {allowed[1]}")
     for name in task_names(cfg): check_name("task", name, sorted(reasoning_gym.factory.DATASETS))
     density = cfg.sampling in DRAWN or cfg.sampling == "top-k" and cfg.aggregation in ("dirichlet", "gumbel")
-    require(cfg.logprob != "exact" or density and cfg.aggregation != "max", f"logprob 'exact' is not defined for {cfg.sampling}"
-            f" + {cfg.aggregation}; allowed: top-k + dirichlet or gumbel, or {' or '.join(DRAWN)} with anything but max")
-    require(cfg.end != "steps" or cfg.end_steps < cfg.max_new_tokens,
-            f"end_steps = {cfg.end_steps}: allowed is less than max_new_tokens = {cfg.max_new_tokens}")
+    require(cfg.logprob != "exact" or density and cfg.aggregation != "max", f"logprob 'exact' is undefined for {cfg.sampling} "
+            f"+ {cfg.aggregation}; allowed: top-k + dirichlet or gumbel, or {' or '.join(DRAWN)} with anything but max")
+    require(cfg.end != "steps" or cfg.end_steps < cfg.max_new_tokens, "end_steps: allowed is less than max_new_tokens")
     return cfg
-
 # ------------------------------------------------------------------------------------------------ 2. mixtures
 # A step is k candidates `tokens` and k `log_weights`; a slot with log-weight -inf is empty. An ordinary token is a
-# step with one filled slot, so that answers, the single-token baseline and the end tag need no second code path.
-
-# One step of B rows: what is mixed, log-weights in float32, and the one of the candidates that a reader sees.
-Mixture = collections.namedtuple("Mixture", "tokens log_weights representative")  # (B, k), (B, k), (B,)
+# step with one filled slot, so that answers, the single-token baseline and the end tag need no second code path. The
+# representative is the one of the candidates that a reader sees.
+Mixture = collections.namedtuple("Mixture", "tokens log_weights representative")  # (B, k), (B, k) float32, (B,)
 
 def token_distribution(logits, temperature):
     """log p = log softmax(z / T) in float32, shape of `logits`. Sampler, scorer, reference and probes all call this."""
     return F.log_softmax(logits.float() / temperature, dim=-1)
 
 entropy_of = lambda log_p: torch.special.entr(log_p.exp()).sum(-1)  # H(p) in nats, (..., V) -> (...)
-
 def draw(log_p, generator=None, block=128):
     """One token a row from p, (B, V) -> (B,): inverse CDF in float64, so no tail is cut off, in two stages (a block of
     the vocabulary, then a token of it), so sums stay short. Noise for every token (Gumbel-max) costs ten times it."""
@@ -178,44 +170,35 @@ def candidates(log_p, cfg, generator=None):
     top, tokens = log_p.topk(cfg.k)  # (B, k), descending
     if cfg.sampling == "nucleus":  # a token stays while the mass *before* it is below top_p
         top = top.masked_fill(top.exp().cumsum(-1) - top.exp() >= cfg.top_p, -INF)
-    if cfg.sampling == "min-p":
-        top = top.masked_fill(top < top[:, :1] + math.log(cfg.min_p), -INF)
+    if cfg.sampling == "min-p": top = top.masked_fill(top < top[:, :1] + math.log(cfg.min_p), -INF)
     return tokens, top
-
-def mixing_weights(log_hat, log_p, cfg, generator=None):
-    """The aggregation rule: log p^ (B, k), renormalised over the candidates, to log w (B, k) and the representative's
-    slot (B,): the first draw of a drawing rule, else one draw from Cat(w)."""
-    log_w, empty = log_hat, log_hat == -INF  # `probability`; also `max`, for a reader: it has no weights
-    if cfg.aggregation == "uniform":
-        log_w = torch.zeros_like(log_hat).masked_fill(empty, -INF).log_softmax(-1)
-    elif cfg.aggregation == "gumbel":  # SofT-GRPO
-        log_w = ((log_hat + gumbel_noise(log_hat, generator)) / cfg.gumbel_tau).log_softmax(-1)
-    elif cfg.aggregation == "dirichlet":
-        # Mean p^. As c grows, w -> p^ (`probability`); as c -> 0, w becomes one candidate drawn from p^. In log space,
-        # log Gamma(a) = log Gamma(a + 1) + log(U) / a for the variates, no a > 0 is too small; -log U is exponential.
-        a = dirichlet_alpha(log_hat, cfg)  # (B, k)
-        log_gamma = torch._standard_gamma(a + 1, generator).log() - torch.empty_like(a).exponential_(generator=generator) / a
-        log_w = log_gamma.masked_fill(empty, -INF).log_softmax(-1)  # (B, k)
-    slot = torch.zeros_like(log_w[:, 0], dtype=torch.long) if cfg.sampling in DRAWN else (
-        log_w + gumbel_noise(log_w, generator)).argmax(-1)  # (B,)
-    if cfg.aggregation == "posterior":  # Mixture of Inputs: the token drawn is evidence, weighed against p^ by H in [0, 1]
-        H, y = entropy_of(log_p)[:, None] / math.log(max(log_p.shape[1], 2)), F.one_hot(slot, log_hat.shape[1])
-        log_w = ((H * log_hat.exp() + (cfg.moi_beta + 1 - H) * y) / (cfg.moi_beta + 1)).log()
-    return log_w, slot
 
 def sample_mixture(logits, cfg, generator=None, log_p=None) -> Mixture:
     """One thinking step from logits (B, V), or from log p where it is at hand. Raises UserError for a k above V."""
     log_p = token_distribution(logits, cfg.temperature) if log_p is None else log_p
     require(cfg.k <= log_p.shape[1], f"k = {cfg.k}: allowed is 1 to the vocabulary's {log_p.shape[1]}")
     tokens, log_hat = candidates(log_p, cfg, generator)  # (B, k) both
-    log_w, slot = mixing_weights(log_hat.log_softmax(-1), log_p, cfg, generator)
+    log_w = log_hat = log_hat.log_softmax(-1)  # log p^: `probability`; also `max`, for a reader: it has no weights
+    if cfg.aggregation == "uniform": log_w = torch.where(log_hat == -INF, -INF, 0.0).log_softmax(-1)
+    elif cfg.aggregation == "gumbel":  # SofT-GRPO
+        log_w = ((log_hat + gumbel_noise(log_hat, generator)) / cfg.gumbel_tau).log_softmax(-1)
+    elif cfg.aggregation == "dirichlet":
+        # Mean p^. As c grows, w -> p^ (`probability`); as c -> 0, w becomes one candidate drawn from p^. In log space, log
+        # Gamma(a) = log Gamma(a + 1) + log(U) / a for the variates, no a > 0 is too small; -log U is exponential.
+        a = dirichlet_alpha(log_hat, cfg)  # (B, k)
+        log_gamma = torch._standard_gamma(a + 1, generator).log() - torch.empty_like(a).exponential_(generator=generator) / a
+        log_w = log_gamma.masked_fill(log_hat == -INF, -INF).log_softmax(-1)  # (B, k)
+    slot = (log_w + gumbel_noise(log_w, generator)).argmax(-1)  # (B,) the representative's: a draw from Cat(w)
+    if cfg.sampling in DRAWN: slot = torch.zeros_like(slot)  # there, the first draw
+    if cfg.aggregation == "posterior":  # Mixture of Inputs: the token drawn is evidence, weighed against p^ by H in [0, 1]
+        H, y = entropy_of(log_p)[:, None] / math.log(max(log_p.shape[1], 2)), F.one_hot(slot, cfg.k)
+        log_w = ((H * log_hat.exp() + (cfg.moi_beta + 1 - H) * y) / (cfg.moi_beta + 1)).log()
     return Mixture(tokens, log_w, tokens.gather(-1, slot[:, None]).squeeze(-1))
 
 def mixture_embedding(table, tokens, log_weights, aggregation="probability"):
     """e = sum_i w_i E[v_i], summed in float32: table (V, d), the rest (..., k) -> (..., d). `max`: element-wise."""
     rows = F.embedding(tokens, table)  # (..., k, d)
-    if aggregation == "max":
-        return rows.masked_fill((log_weights == -INF)[..., None], -INF).amax(-2)
+    if aggregation == "max": return rows.masked_fill((log_weights == -INF)[..., None], -INF).amax(-2)
     return (log_weights.exp()[..., None] * rows).sum(-2).to(table.dtype)
 
 def mixture_logprob(logits, tokens, log_weights, representative, cfg, log_p=None):
@@ -223,44 +206,33 @@ def mixture_logprob(logits, tokens, log_weights, representative, cfg, log_p=None
     A step with one filled slot is an ordinary token: log p(token), always."""
     log_p = token_distribution(logits, cfg.temperature) if log_p is None else log_p
     empty = log_weights == -INF  # (..., k)
-    log_pv = log_p.gather(-1, tokens)  # (..., k)
-    token = log_pv.masked_fill(empty, 0.0).sum(-1)  # (...) log p(token) where one slot is filled
-    if cfg.logprob == "representative":
-        score = log_p.gather(-1, representative[..., None]).squeeze(-1)
+    n, log_w, log_pv = (~empty).sum(-1), log_weights.masked_fill(empty, 0.0), log_p.gather(-1, tokens)  # (...); (..., k)
+    score = token = log_pv.masked_fill(empty, 0.0).sum(-1)  # (...) an ordinary token's; also exact with replacement
+    if cfg.logprob == "representative": score = log_p.gather(-1, representative[..., None]).squeeze(-1)
     elif cfg.logprob == "weighted":  # weights are data: a gradient through them could push a chosen token *down*
         score = (log_weights.detach().exp() * log_pv.masked_fill(empty, 0.0)).sum(-1)
-    else:
-        score = exact_logprob(log_p, log_pv, tokens, log_weights, empty, cfg)
-    return torch.where((~empty).sum(-1) == 1, token, score)
-
-def exact_logprob(log_p, log_pv, tokens, log_weights, empty, cfg):
-    """What neither the paper nor its code has: the log-probability of the candidates drawn, plus the log-density of the
-    weights drawn given them (over the simplex)."""
-    score, rest = torch.zeros_like(log_pv[..., 0]), log_p
-    for j in range(tokens.shape[-1] if cfg.sampling in DRAWN else 0):
-        # with replacement sum_j log p(v_j), without (Plackett-Luce) sum_j log p(v_j) - log(1 - sum_{i<j} p(v_i))
-        score = score + rest.gather(-1, tokens[..., j : j + 1]).masked_fill(empty[..., j : j + 1], 0.0).squeeze(-1)
-        rest = strike(rest, tokens[..., j]) if cfg.sampling == "without-replacement" else rest
-    log_hat = log_pv.masked_fill(empty, -INF).log_softmax(-1).masked_fill(empty, 0.0)  # (..., k)
-    log_w, n = log_weights.masked_fill(empty, 0.0), (~empty).sum(-1)  # (..., k), (...)
-    if cfg.aggregation == "dirichlet":
-        a = dirichlet_alpha(log_hat, cfg) * ~empty  # (..., k)
-        score = score + ((a - 1) * log_w - torch.lgamma(a + empty)).sum(-1) + torch.lgamma(a.sum(-1))
-    elif cfg.aggregation == "gumbel":  # the Concrete density, Maddison et al. 2017, eq. 10
-        tau = cfg.gumbel_tau
-        norm = (log_hat - tau * log_w).masked_fill(empty, -INF).logsumexp(-1)  # (...)
-        score = (score + torch.lgamma(n.float()) + (n - 1) * math.log(tau) - n * norm
-                 + ((log_hat - (tau + 1) * log_w) * ~empty).sum(-1))
-    return score
-
+    elif cfg.sampling == "without-replacement":  # Plackett-Luce: sum_j log p(v_j) - log(1 - sum_{i<j} p(v_i))
+        score, rest = torch.zeros_like(token), log_p
+        for j in range(tokens.shape[-1]):
+            score = score + rest.gather(-1, tokens[..., j : j + 1]).masked_fill(empty[..., j : j + 1], 0.0).squeeze(-1)
+            rest = strike(rest, tokens[..., j])
+    elif cfg.sampling != "with-replacement": score = torch.zeros_like(token)  # the k largest: nothing was drawn
+    if cfg.logprob == "exact":  # and the density over the simplex of weights that were drawn
+        log_hat = log_pv.masked_fill(empty, -INF).log_softmax(-1).masked_fill(empty, 0.0)  # (..., k)
+        if cfg.aggregation == "dirichlet":
+            a = dirichlet_alpha(log_hat, cfg) * ~empty  # (..., k)
+            score = score + ((a - 1) * log_w - torch.lgamma(a + empty)).sum(-1) + torch.lgamma(a.sum(-1))
+        elif cfg.aggregation == "gumbel":  # the Concrete density, Maddison et al. 2017, eq. 10
+            tau, x = cfg.gumbel_tau, log_hat - cfg.gumbel_tau * log_w  # (..., k)
+            score = score + torch.lgamma(n.float()) + (n - 1) * math.log(tau) + ((x - log_w) * ~empty).sum(-1)
+            score = score - n * x.masked_fill(empty, -INF).logsumexp(-1)
+    return torch.where(n == 1, token, score)
 # ------------------------------------------------------------------------------------------------ 3. the end of a thought
 # `</think>` is looked for in the text, not among the ids: for Qwen2.5 it is three tokens, and the last may swallow what
 # follows (`>\n` is one token). Instead of decoding every row at every step, a row keeps one number, how many of the tag's
-# eight characters its text ends with, and a table says what each token makes of that number.
-# Four rules end a thought. `representative`: the text read so far completes the tag; `most-likely`: it would with the
-# arg-max token; `entropy` (H(p) low for end_patience steps in a row) and `steps` (end_steps taken) write the tag
-# themselves: those tokens are forced, the policy did not choose them, so they carry no loss.
-
+# eight characters its text ends with, and a table says what each token makes of that number. Rules that end a thought:
+# `representative`, the text read so far completes the tag; `most-likely`, it would with the arg-max token; `entropy` (low
+# for end_patience steps) and `steps` write the tag themselves: forced tokens, which nobody chose and which carry no loss.
 @functools.lru_cache(maxsize=8)
 def tag_table(tokenizer, vocabulary):
     """(8, V): how many characters of the tag are matched after token v, from s matched before; 8 completes it."""
@@ -276,26 +248,22 @@ def tag_table(tokenizer, vocabulary):
 def eos_ids(model, tokenizer):
     """Every id that ends an answer: the generation config's and the tokenizer's. Raises UserError if there is none."""
     ids = getattr(model.generation_config, "eos_token_id", None)
-    ids = {*(ids if isinstance(ids, (list, tuple)) else [ids]), tokenizer.eos_token_id} - {None}
+    ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
     require(ids, "neither the tokenizer nor the generation config names an EOS token; one is needed")
     return sorted(ids)
-
 # ------------------------------------------------------------------------------------------------ 4. rollouts
 # Token j of a row sits in cache slot j: prompts are padded on the right, and each row's own tokens then overwrite its
 # padding, so "slot <= position" is the only mask, for prompts of any lengths. A decoding step works on preallocated
 # tensors and never asks the GPU for a value: CUDA records it once and replays it as one graph.
-
 @dataclass
 class Rollout:
-    """B trajectories, those of a prompt adjacent. Ids and log-weights, never embeddings: every model looks them up in
-    its own table."""
+    """B trajectories, those of a prompt adjacent. Ids, never embeddings: each model looks them up in its own table."""
     prompt_ids: torch.Tensor; prompt_mask: torch.Tensor  # (B, P) left-padded
     tokens: torch.Tensor; log_weights: torch.Tensor  # (B, T, k)
     representative: torch.Tensor; thinking: torch.Tensor  # (B, T) what a reader sees; steps of the thought and its tag
     mask: torch.Tensor; sampled: torch.Tensor  # (B, T) real steps; those the policy chose, so without forced tags
     eos: torch.Tensor; logprob: torch.Tensor; entropy: torch.Tensor  # (B, T) the row's end; as sampled; of p, in nats
     texts: list[str]  # thought, tag and answer as read, without the EOS token
-
     def select(self, rows):
         """The given rows (a LongTensor), padding trimmed to the longest of them; texts are left behind."""
         P, T = (max(1, int(m[rows].sum(1).max())) for m in (self.prompt_mask, self.mask))
@@ -303,14 +271,13 @@ class Rollout:
         return Rollout(texts=[], **cut)
 
 def grouped_attention(module, q, k, v, mask, scaling=None, **_):
-    """softmax(q k^T) v for transformers: (B, heads, Q, D) -> (B, Q, heads, D). In a decoding step the query heads that
-    share a key head become rows of one head, so that keys are read once and not copied for each of them."""
+    """softmax(q k^T) v for transformers, (B, heads, Q, D) -> (B, Q, heads, D). In a decoding step the query heads that
+    share a key head become rows of one head: its keys are read once and not copied for each."""
     B, H, Q, D = q.shape
     q = q.reshape(B, k.shape[1], -1, D) if Q == 1 else q
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, is_causal=mask is None,
                                          enable_gqa=q.shape[1] != k.shape[1])
     return out.reshape(B, H, Q, D).transpose(1, 2), None
-
 transformers.AttentionInterface.register("motg", grouped_attention)
 
 class Decoder:
@@ -326,24 +293,19 @@ class Decoder:
         self.slot0 = torch.arange(cfg.k, device=model.device) == 0  # (k,)
         self.t, (self.position, self.matched, self.streak, self.forced) = zeros(1), zeros(4, rows)  # see `choose`
         self.thinking, self.live = zeros(2, rows, dtype=torch.bool)
-
     def update(self, k, v, layer, *_, **__):
-        """What transformers' attention layers call: store keys and values (B, heads, Q, D), return those to attend to.
-        A prefill has one row a prompt and is shared out to its chains; a step has one token a row, for its position."""
+        """Transformers' layers call this to store keys and values (B, heads, Q, D) and to get those to attend to. A prefill
+        has one row a prompt and is shared out to its chains; a step has one token a row, for its position."""
         if layer not in self.layers:  # zeros: what a mask hides must still be finite
             self.layers[layer] = [x.new_zeros(self.rows, x.shape[1], self.length, x.shape[3]) for x in (k, v)]
         for cache, new in zip(self.layers[layer], (k, v)):
-            if self.visible is None:
-                cache[:, :, : new.shape[2]] = new.repeat_interleave(self.rows // len(new), dim=0)
-            else:
-                cache[torch.arange(self.rows, device=new.device), :, self.position] = new[:, :, 0]
+            if self.visible is None: cache[:, :, : new.shape[2]] = new.repeat_interleave(self.rows // len(new), dim=0)
+            else: cache[torch.arange(self.rows, device=new.device), :, self.position] = new[:, :, 0]
         return (k, v) if self.visible is None else [cache[:, :, : self.visible] for cache in self.layers[layer]]
-
     def forward(self, embeds, position, mask=None):
         """Hidden states (B, Q, d) at `position` (B, Q)."""
-        return self.model.base_model(inputs_embeds=embeds, attention_mask=mask, position_ids=position,
-                                     past_key_values=self, use_cache=True).last_hidden_state
-
+        feed = dict(inputs_embeds=embeds, attention_mask=mask, position_ids=position, past_key_values=self, use_cache=True)
+        return self.model.base_model(**feed).last_hidden_state
     def start(self, ids):
         """Prefill each prompt once; keep the logits (B, V) of its last token for each of its chains."""
         padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(i) for i in ids], batch_first=True).to(self.table.device)
@@ -354,7 +316,6 @@ class Decoder:
         self.position.copy_((last + 1).repeat_interleave(self.rows // len(ids)))
         for state in (self.t, self.matched, self.streak, self.forced, *self.record.values()): state.zero_()
         self.thinking.fill_(True), self.live.fill_(True)
-
     def choose(self):
         """Sections 2 and 3 in one step: from the logits to the next input (B, 1, d), recorded."""
         cfg, thinking, live = self.cfg, self.thinking, self.live
@@ -388,17 +349,14 @@ class Decoder:
         thinking.logical_and_(~closes), live.logical_and_(~ends)
         self.matched.copy_(matched % len(TAG)), self.t.add_(1)
         return mixture_embedding(self.table, tokens, log_w, cfg.aggregation)[:, None]
-
     def step(self):
         """Choose, feed, read the next logits, on tensors that stay where they are."""
         embeds, slots = self.choose(), torch.arange(self.visible, device=self.position.device)
         hidden = self.forward(embeds, self.position[:, None], (slots <= self.position[:, None])[:, None, None])  # (B, 1, d)
         self.logits.copy_(self.head(hidden[:, 0]))
         self.position.add_(1)
-
     def run(self, visible):
-        """A step with `visible` slots in sight. On CUDA the second one with a given number is recorded (the first warms
-        up) and replayed from then on: one launch for some 1,500 kernels."""
+        """A step that sees `visible` slots. On CUDA the second one like it is recorded and replayed from then on: one launch."""
         self.visible, graph = visible, self.graphs.get(visible)
         if graph is None or self.table.device.type == "cpu":
             self.graphs[visible] = "warm"
@@ -406,14 +364,13 @@ class Decoder:
         if graph == "warm":
             self.graphs[visible] = graph = torch.cuda.CUDAGraph()
             if self.generator is not None: graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph, pool=self.graphs.setdefault("pool", torch.cuda.graph_pool_handle())):
-                self.step()
+            with torch.cuda.graph(graph, pool=self.graphs.setdefault("pool", torch.cuda.graph_pool_handle())): self.step()
         graph.replay()
 
 @torch.no_grad()
 def rollout(model, tokenizer, prompts: list[str], cfg, generator=None) -> Rollout:
-    """`cfg.chains` trajectories a prompt. Prompts are templated text that ends in the opened think tag, so that every
-    row starts thinking. Raises UserError for an empty prompt or a k above the vocabulary."""
+    """`cfg.chains` trajectories a prompt. Prompts are templated text ending in the opened think tag: every row starts
+    thinking. Raises UserError for an empty prompt or a k above the vocabulary."""
     ids = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
     require(ids and all(ids), "rollout needs prompts of at least one token each")
     cuda, P, rows = model.device.type == "cuda", max(map(len, ids)), len(ids) * cfg.chains
@@ -430,11 +387,9 @@ def rollout(model, tokenizer, prompts: list[str], cfg, generator=None) -> Rollou
              for y, keep in zip(r["representative"].cpu(), (r["mask"] & ~r["eos"]).cpu())]
     left = torch.tensor([[-1] * (P - len(i)) + i for i in ids], device=model.device).repeat_interleave(cfg.chains, dim=0)
     return Rollout(prompt_ids=left.clamp(min=0), prompt_mask=left >= 0, texts=texts, **r)
-
 # ------------------------------------------------------------------------------------------------ 5. log-probabilities
 # The same numbers as while sampling, from one pass over whole rows and with gradient. What would cost memory is the
 # logits, (B, T, V) in float32: they exist a few positions at a time, and again in the backward pass.
-
 def completion_hidden(model, r, cfg, every_layer=False):
     """Hidden states (layers, B, T, d) that predicted each completion step, of the last layer alone or of all, embeddings
     first. Rows are shifted left, so that padding comes last and plain causal attention is right without a mask."""
@@ -459,32 +414,25 @@ def rollout_logprobs(model, rollout, cfg, micro_batch=None):
         hidden = completion_hidden(model, rollout, cfg)[0][steps]  # (N, d)
         size = max(1, 2**24 // len(head.weight))  # steps a chunk: 64 MiB of float32 logits
         score_chunk = lambda h, *step: mixture_logprob(head(h), *step, cfg)
-        score = functools.partial(recompute, score_chunk, use_reentrant=False) if len(hidden) > size else score_chunk
+        score = functools.partial(recompute, score_chunk) if len(hidden) > size else score_chunk
         scores = torch.cat([score(*chunk) for chunk in zip(*(x.split(size) for x in (
             hidden, rollout.tokens[steps], rollout.log_weights[steps], rollout.representative[steps])))])  # (N,)
     return torch.zeros_like(rollout.logprob).masked_scatter(steps, scores)
-
 # ------------------------------------------------------------------------------------------------ 6. GRPO
 def group_advantages(rewards):
     """(prompts, G) -> (r - mean) / (std + 1e-4) within each group; a group of equal rewards gets zeros."""
     return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)
 
-def token_weights(mask, cfg, chains, tokens):
-    """What each step's loss counts, (B, T), by the counts of the *whole* batch, `chains` and `tokens`: the gradient is
-    the same however the batch is cut into micro-batches."""
-    if cfg.loss_average == "chain":
-        return mask / mask.sum(1, keepdim=True).clamp(min=1) / chains
-    return mask / (max(tokens, 1) if cfg.loss_average == "token" else chains * cfg.max_new_tokens)
-
-def grpo_loss(logprob, old_logprob, ref_logprob, advantages, mask, cfg, weights=None):
+def grpo_loss(logprob, old_logprob, ref_logprob, advantages, mask, cfg, chains=None, tokens=None):
     """PPO's clipped objective with group advantages A (B,), plus kl_beta times the k3 estimate of KL(policy || reference)
-    (Schulman 2020); log-probs and mask (B, T). Returns the loss and its parts, each weighed by `weights` (B, T).
-
+    (Schulman 2020); log-probs and mask (B, T). Returns the loss and its parts. `chains` and `tokens` are the counts of
+    the *whole* batch that this is a micro-batch of: the gradient is then the same however that one is cut.
         ratio = pi / pi_old       k3 = pi_ref / pi - log(pi_ref / pi) - 1  >= 0, unbiased
         loss  = -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) + kl_beta k3
-
     With one update a batch the ratio is 1 and the clip idles: the first term's gradient is REINFORCE's."""
-    weights = token_weights(mask, cfg, len(mask), int(mask.sum())) if weights is None else weights
+    chains, tokens = chains or len(mask), tokens or max(1, int(mask.sum()))
+    weights = mask / {"chain": mask.sum(1, keepdim=True).clamp(min=1) * chains, "token": tokens,
+                      "constant": chains * cfg.max_new_tokens}[cfg.loss_average]  # (B, T)
     ratio, A = (logprob - old_logprob).exp(), advantages[:, None]  # (B, T), (B, 1)
     free, clipped = ratio * A, ratio.clamp(1 - cfg.clip, 1 + cfg.clip) * A
     log_r = torch.zeros_like(logprob) if ref_logprob is None else ref_logprob - logprob
@@ -492,17 +440,14 @@ def grpo_loss(logprob, old_logprob, ref_logprob, advantages, mask, cfg, weights=
     total = lambda x: (x.masked_fill(~mask.bool(), 0.0) * weights).sum()
     loss = total(cfg.kl_beta * k3 - torch.min(free, clipped))
     return loss, dict(loss=loss.item(), kl=total(k3).item(), clipped=total((free > clipped).float()).item())
-
 # ------------------------------------------------------------------------------------------------ 7. tasks and rewards
 # Reasoning-Gym seeds item i with seed + i: neighbouring seeds share 999 of 1,000 items, and a split by seed leaks. Here
 # the question itself decides: by its hash, one in ten is a test question, whichever seed drew it.
-
 PAPER_TASKS = ("acre", "graph_color", "family_relationships", "color_cube_rotation", "zebra_puzzles", "number_sequence",
                "countdown", "prime_factorization", "circuit_logic", "syllogism", "self_reference", "simple_integration")
 SIZES = {"family_relationships": dict(min_family_size=8, max_family_size=12),  # the paper's; the rest have their defaults
          "chain_sum": dict(min_terms=3, max_terms=4, max_digits=1)}  # the smoke mode's
-SYSTEM = ("Solve the user's problem. First think inside <think> and </think>, then give the final answer alone inside "
-          "<answer> and </answer>.")
+SYSTEM = "First think inside <think> and </think>, then give the final answer alone inside <answer> and </answer>."
 FORMAT = re.compile(r"(?:(?!</think>|<answer>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
 counts = collections.Counter()  # since it was cleared: prompts "too_long"; answers "timeout", "rejected", "raised" (8)
 
@@ -520,13 +465,12 @@ def problems(task, cfg, tokenizer, stream, numbers, test, count):
     for i in numbers:
         random.seed(base + i)  # list_functions draws from the global generator
         entry = dataset(task, base + i // 500 * 500)[i % 500]
-        question = entry["question"]
-        if (int(hashlib.sha256(question.encode()).hexdigest(), 16) % 10 == 0) != test: continue
-        messages = [dict(role="system", content=SYSTEM), dict(role="user", content=question)]
+        if (int(hashlib.sha256(entry["question"].encode()).hexdigest(), 16) % 10 == 0) != test: continue
+        messages = [dict(role="system", content=SYSTEM), dict(role="user", content=entry["question"])]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         prompt += "" if prompt.rstrip().endswith("<think>") else "<think>\n"
         if len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) > cfg.max_prompt_tokens: counts["too_long"] += 1
-        else: found.setdefault(question, (task, entry, prompt))
+        else: found.setdefault(entry["question"], (task, entry, prompt))
         if len(found) == count: break
     require(found, f"{task}: no prompt has at most max_prompt_tokens = {cfg.max_prompt_tokens} tokens")
     return list(found.values())
@@ -535,37 +479,102 @@ def train_problem(cfg, tokenizer, n):
     """Problem n of a run, from 50 item numbers of its own: a function of (seed, n), so nothing is to be remembered."""
     task = task_names(cfg)[n % len(task_names(cfg))]
     return problems(task, cfg, tokenizer, 1 + cfg.seed, range(50 * n, 50 * n + 50), False, 1)[0]
-
 def test_problems(cfg, tokenizer):
     """Up to `eval_problems` distinct test problems a task; tasks with few problems have fewer."""
     n = cfg.eval_problems
     return [p for task in task_names(cfg) for p in problems(task, cfg, tokenizer, 0, range(60 * n), True, n)]
 
 def extract_answer(text):
-    """The last `<answer>...</answer>` after the thought, ends stripped, inner newlines kept.
-
-        '1 + 1</think> <answer> 2 </answer>' -> '2'        '<answer>2' -> None"""
+    """The last `<answer>...</answer>` after the thought, ends stripped, inner newlines kept, or None.
+    '1 + 1</think> <answer> 2 </answer>' -> '2'"""
     before, closed, _ = text.rpartition(TAG)[2].rpartition("</answer>")
     _, opened, answer = before.rpartition("<answer>")
     return answer.strip() if opened and closed else None
-
 def rewards(problem, text):
     """The paper's reward and its parts. Partial scores count in it; `correct` is a score of exactly 1."""
     points, words = score(problem[0], extract_answer(text), problem[1]), len(text.split())
     well_formed = float(FORMAT.fullmatch(text) is not None)
     reward = 2 * points + 0.5 * well_formed + 0.5 * (200 <= words <= 400)
     return dict(reward=reward, score=points, format=well_formed, correct=float(points == 1.0))
-
 # ------------------------------------------------------------------------------------------------ 8. contained scoring
-score_counts = collections.Counter()
-@functools.lru_cache(None)
-def _ds(t):
-    import reasoning_gym
-    return reasoning_gym.create_dataset(t, size=1, seed=0)
-def score(task, answer, entry):
-    try: return float(_ds(task).score_answer(answer, entry)) if answer is not None else 0.0
-    except Exception: return 0.0
+# A model's text reaches a task's scorer thousands of times an hour. Nine scorers execute it (eval, or sympy's parse_expr,
+# which is eval too) and others hang or die of it. So there are two walls: an allow-list for what those nine get to see, and
+# for every scorer a process with limits, which the kernel ends when it is late, in the middle of C code too. A zygote
+# imports reasoning_gym once, forks that server, and forks the next when one dies; with the trainer both end, by their pipe.
+ARITHMETIC = "countdown puzzle24 polynomial_multiplication simple_integration intermediate_integration".split()
+LITERALS = "binary_matrix n_queens spiral_matrix string_insertion".split()
+FUNCTIONS = "sqrt exp log ln abs Abs sin cos tan cot sec csc asin acos atan sinh cosh tanh asinh acosh atanh Rational"
+scorer = None  # the pipe to the server
 
+def bits(node):
+    """The allow-list: about how many bits a parsed answer comes to, if it is elementary arithmetic; else ValueError.
+    `2*x**2 + C` -> 9, `9**9**9` -> 3.6 million; `().__class__` and `exit()` raise."""
+    match node:
+        case ast.Constant(int() | float() as number): return math.log2(abs(number) + 2)
+        case ast.Name(name) if re.fullmatch(r"[A-Za-z]_?\d?|pi", name): return 1  # x, C, C_1, E
+        case ast.UnaryOp(ast.UAdd() | ast.USub(), a): return bits(a)
+        case ast.Call(ast.Name(name), values, []) if name in FUNCTIONS.split(): return sum(map(bits, values), 1)
+        case ast.BinOp(a, ast.Add() | ast.Sub() | ast.Mult() | ast.Div(), b): return bits(a) + bits(b) + 1
+        case ast.BinOp(a, ast.Pow(), b): return bits(a) * 2 ** min(bits(b), 20)
+        case ast.Attribute(a, "Γ"): return 4 ** min(bits(a), 20)  # a factorial: a! <= a^a < 2^(a^2)
+    raise ValueError("not arithmetic")
+
+def admit(task, answer, entry):
+    """May the scorer of `task` see `answer`? An exception is a no. What the dataset itself wrote, it always may."""
+    if answer.strip() in (str(entry["answer"]).strip(), *entry["metadata"].get("valid_answers", ())): return True
+    # nan, inf, 1e999: number_sorting finds a list of nans sorted. A word of the question's may be one of the answer's.
+    pattern = r"\b(?:s?nan\d*|inf(?:inity)?)[ij]?\b|\b[\d_.]+e\+?0*(?:309|3[1-9]\d|[4-9]\d\d|\d{4,})\b"
+    nonfinite = lambda *texts: set(re.findall(pattern, " ".join(texts).lower()))
+    if nonfinite(answer, "".join(answer.split())) - nonfinite(entry["question"], str(entry["answer"])): return False
+    if task in ARITHMETIC:  # ASCII, since Python folds look-alikes; no quotes, since sympy's functions evaluate strings
+        text = re.fullmatch(r"[\w\s.,+*/()!-]*", answer, re.ASCII)[0].strip().replace("!", " .Γ")  # binds as `!` does
+        return bits(ast.parse(text, mode="eval").body) < 10_000
+    return task not in LITERALS or ast.literal_eval(answer) is not None
+
+def worker(fd):
+    """Zygote and server: a request in, sixteen bytes out. Runs in an interpreter of its own, without torch."""
+    import contextlib, multiprocessing.connection, os, pickle, reasoning_gym, resource, signal, struct, sys
+    sys.excepthook = lambda *_: os._exit(1)  # at once; tearing this interpreter down takes a second
+    pipe, data = multiprocessing.connection.Connection(fd), {}
+    pipe.send_bytes(b"ready")
+    while pid := os.fork():
+        verdict = b"timeout" if os.waitpid(pid, 0)[1] == signal.SIGALRM else b"raised"
+        pipe.send_bytes(struct.pack("8sd", verdict, 0))  # fails, and so ends the zygote, when there is no trainer
+    for name, limit in dict(AS=2**31, FSIZE=0, NOFILE=16, NPROC=0, CORE=0).items():
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+    while True:
+        (task, request), verdict, value = pickle.loads(pipe.recv_bytes()), b"rejected", 0.0
+        with contextlib.suppress(BaseException):  # SystemExit too
+            if task not in data: data[task] = reasoning_gym.create_dataset(task, size=1, seed=0, **SIZES.get(task, {}))
+            signal.setitimer(signal.ITIMER_REAL, 2)  # left alone, SIGALRM kills at once
+            answer, entry = pickle.loads(request)
+            if admit(task, answer, entry):
+                verdict = b"raised"
+                verdict, value = b"scored", float(data[task].score_answer(answer, entry))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        pipe.send_bytes(struct.pack("8sd", verdict, value))
+
+def score(task, answer, entry) -> float:
+    """The task's own score of `answer`, in [0, 1], within about two seconds; 0 for None and for what `counts` counts."""
+    global scorer
+    require(task in reasoning_gym.factory.DATASETS, f"no task {task!r}")
+    if answer is None: return 0.0
+    if scorer is None or scorer.poll():  # an idle one that has something to say has died
+        scorer, theirs = multiprocessing.Pipe()
+        source = f"import ast, math, re\nARITHMETIC, LITERALS, FUNCTIONS, SIZES = {ARITHMETIC, LITERALS, FUNCTIONS, SIZES}\n"
+        source += "".join(map(inspect.getsource, (bits, admit, worker))) + f"worker({theirs.fileno()})"
+        command, quiet = [sys.executable, "-c", source], dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        environment = os.environ | dict(OMP_NUM_THREADS="1")
+        scorer.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True, env=environment, **quiet)
+        theirs.close(), scorer.recv_bytes(5)  # an EOFError here: reasoning_gym cannot be imported
+    task, verdict, value = entry["metadata"]["source_dataset"] if task == "composite" else task, b"rejected", 0.0
+    if len(answer) <= max(4096, 4 * len(str(entry["answer"]))):
+        pipe, scorer, verdict = scorer, None, b"raised"  # put back when the exchange is complete
+        with contextlib.suppress(EOFError, OSError):
+            pipe.send_bytes(pickle.dumps((task, pickle.dumps((answer, entry)))))
+            (verdict, value), scorer = struct.unpack("8sd", pipe.recv_bytes(16)), pipe
+    counts[verdict.rstrip(b"\0").decode()] += 1
+    return value if 0 <= value <= 1 else 0.9999999999999999 * (1 < value < 1.01)  # spell_backward sums a bit beyond 1
 # ------------------------------------------------------------------------------------------------ 9. models
 def load_model(cfg):
     """Policy, fp32, on the one GPU or the CPU, and tokenizer. Raises UserError for what cannot be loaded or trained."""
@@ -588,17 +597,14 @@ def load_model(cfg):
 
 @torch.no_grad()
 def working_copy(model, twin=None):
-    """What samples: on CUDA a bf16 copy of the fp32 master weights (buffers like the rotary frequencies stay fp32), or
-    `twin`, refreshed in place, so that recorded graphs go on reading the same memory."""
+    """What samples: on CUDA a bf16 copy of the fp32 master weights, or `twin`, refreshed where recorded graphs read it."""
     if model.device.type == "cpu": return model
     twin, fresh = twin or copy.deepcopy(model).requires_grad_(False), twin is None
-    for new, old in zip(model.parameters(), twin.parameters()):
-        old.data = new.bfloat16() if fresh else old.copy_(new)
+    for new, old in zip(model.parameters(), twin.parameters()): old.data = new.bfloat16() if fresh else old.copy_(new)
     return twin
 
 # The smoke world: sums of one-digit terms, and demonstrations in three habits: a third works the sum out, a third forgets
-# the last term, a third guesses. Imitation learns all three; which one is right, only the reward tells. Nothing is
-# downloaded, and the base is cached on disk, so that all methods and seeds start from the same one.
+# the last term, a third guesses. Imitation learns all three; which one is right, only the reward tells.
 WARM = dict(steps=400, batch=64, lr=2e-3, layers=3, width=128)
 
 def demonstration(entry, rng):
@@ -616,29 +622,27 @@ def smoke_tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     bpe = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
-    bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     bpe.add_tokens([SYSTEM, "system\n", "user\n", "assistant\n<think>\n", "easy", TAG, " <answer>", "</answer>", " + ", " - ",
                     " = ", ", ", " =", "State the final answer to the following arithmetic problem: ", *map(str, range(100))])
-    template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
-                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}<|im_start|>assistant\n"
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                                chat_template=template)
+                                                additional_special_tokens=["<|im_start|>"], chat_template=chatml)
 
 def warm_start(cfg):
     """A small Qwen2 and its tokenizer, trained on demonstrations; the loss counts their completions alone."""
     tokenizer, rng, pad = smoke_tokenizer(), random.Random(0), torch.nn.utils.rnn.pad_sequence
     torch.manual_seed(0)
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=WARM["width"], intermediate_size=4 * WARM["width"],
-        num_hidden_layers=WARM["layers"], num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
-        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        vocab_size=len(tokenizer), hidden_size=WARM["width"], intermediate_size=4 * WARM["width"], num_attention_heads=4,
+        num_hidden_layers=WARM["layers"], num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id))
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM["lr"], betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     for step in tqdm(range(WARM["steps"]), desc="warm start", leave=False, disable=None):
         optimizer.param_groups[0]["lr"] = WARM["lr"] * min((step + 1) / 40, max(0.05, 1 - step / WARM["steps"]))
         numbers = range(2 * step * WARM["batch"], 2 * (step + 1) * WARM["batch"])  # stream 10^6: no training seed's
         part = problems("chain_sum", cfg, tokenizer, 10**6, numbers, False, WARM["batch"])
-        pairs = [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, demonstration(entry, rng))]
-                 for _, entry, prompt in part]
+        texts = [(prompt, demonstration(entry, rng)) for _, entry, prompt in part]
+        pairs = [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in pair] for pair in texts]
         ids = pad([torch.tensor(p + c) for p, c in pairs], True)  # (B, S), padded last, where causal attention never looks
         labels = pad([torch.tensor([-100] * len(p) + c) for p, c in pairs], True, -100)
         F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
@@ -650,18 +654,17 @@ def smoke_model(cfg):
     """The folder with the warm-started model: made once, in about a minute, and cached."""
     require(cfg.task == "chain_sum", f"--smoke: task {cfg.task!r} needs a --model; allowed without one is 'chain_sum'")
     recipe = repr((WARM, SYSTEM, SIZES, *map(inspect.getsource, (demonstration, smoke_tokenizer, warm_start))))
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "motg"
-    folder = home / ("smoke-" + hashlib.sha256(recipe.encode()).hexdigest()[:12])
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = home / "motg" / f"smoke-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.{os.getpid()}")
         for part in warm_start(cfg): part.save_pretrained(partial)
         with contextlib.suppress(OSError): partial.rename(folder)  # or another process was faster
     return folder
-
 # ------------------------------------------------------------------------------------------------ 10. probes
 def step_probes(r):
-    """Of a rollout's thinking steps, means: entropy of p, entropy (both nats) and Gini-Simpson 1 - sum w^2 of the weights,
-    distinct tokens considered a chain; and lengths, the share cut off, the share with the tag."""
+    """Means over thinking steps: entropy of p, entropy (in nats) and Gini-Simpson 1 - sum w^2 of the weights; over chains:
+    distinct tokens considered, lengths, the share cut off, the share with the tag."""
     w, mean = r.log_weights.exp(), lambda x: (x * r.thinking).sum().item() / max(1, int(r.thinking.sum()))  # (B, T, k)
     seen = (r.tokens + 1) * (r.thinking[..., None] & (w > 0))  # (B, T, k) ids from 1; 0: nothing considered
     ordered = F.pad(seen.flatten(1).sort(dim=1).values, (1, 0))  # (B, 1 + T k)
@@ -672,9 +675,9 @@ def step_probes(r):
                 **{name: value.float().mean().item() for name, value in rows.items()})
 
 def hidden_state_entropy(hidden):
-    """Matrix-based (von Neumann) entropy of hidden states (..., T, d), in [0, 1] (Giraldo et al. 2014; Skean et al. 2025):
-    -sum lambda log lambda over the eigenvalues of K = H H^T / T, the rows of H normalised so that K has trace 1, over
-    log min(T, d). A float; a tensor (...) where there are leading dimensions. One state has entropy 0."""
+    """Matrix-based (von Neumann) entropy of hidden states (T, d), in [0, 1] (Giraldo et al. 2014; Skean et al. 2025): with
+    lambda the eigenvalues of K = H H^T / T, H's rows normalised, so trace 1: -sum lambda log lambda / log min(T, d). From
+    (..., T, d), a tensor (...). One state has entropy 0."""
     H, (T, d) = F.normalize(hidden.double(), dim=-1), hidden.shape[-2:]
     gram = H @ H.mT if T <= d else H.mT @ H  # of both, the non-zero eigenvalues are the same
     entropy = torch.special.entr(torch.linalg.eigvalsh(gram / T).clamp(min=0)).sum(-1) / math.log(max(min(T, d), 2))
@@ -682,8 +685,8 @@ def hidden_state_entropy(hidden):
 
 @torch.no_grad()
 def hidden_probes(model, r, cfg, window=8):
-    """Hidden-state entropy of the thoughts: a mean a layer (embeddings first), and a curve over the thinking steps, at
-    step t that of the last layer over the `window` steps up to t."""
+    """Hidden-state entropy of the thoughts: a mean for each layer (embeddings first), and a curve over the thinking steps:
+    at step t, that of the last layer over the `window` steps up to t."""
     layers, curve = [], collections.defaultdict(list)
     for row in (r.thinking.sum(1) > 1).nonzero():
         one = r.select(row)
@@ -692,63 +695,35 @@ def hidden_probes(model, r, cfg, window=8):
         if states.shape[1] >= window:
             for t, value in enumerate(hidden_state_entropy(states[-1].unfold(0, window, 1).mT).tolist(), window):
                 curve[t].append(value)
-    return dict(hidden_entropy=torch.stack(layers).mean(0).tolist() if layers else [math.nan],
+    layers = torch.stack(layers).mean(0).tolist() if layers else [math.nan]
+    return dict(hidden_last=layers[-1], hidden_entropy=layers,
                 hidden_entropy_curve={t: sum(v) / len(v) for t, v in sorted(curve.items())})
-
 # ------------------------------------------------------------------------------------------------ 11. a run's folder
-def open_run(out, resume):
-    """Make and lock a run's folder; returns the lock, which dies with the process. Raises UserError when the folder holds
-    another run, or another process works in it."""
-    exists = (out / "config.json").exists()
-    require(exists or not resume, f"no run in {out} to --resume; allowed is an --out with a config.json")
-    require(resume or not exists, f"{out} holds a run; allowed: --resume to continue it, or another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    with refusing(f"another process works in {out}; allowed: wait for it, or another --out"):
-        fcntl.flock(lock := open(out / "lock", "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return lock
-
-def read_config(out):
-    """The settings a run was started with, checked. Raises UserError for a folder without them."""
-    with refusing(f"{out / 'config.json'} is missing or damaged; allowed is the --out of a run"):
-        return vars(make_config(**json.loads((out / "config.json").read_text())))
-
 def write_whole(path, text):
     """Beside, to the disk, swapped in: a crash leaves the old text or the new one."""
     with open(partial := path.with_name(path.name + ".new"), "w") as f: f.write(text), f.flush(), os.fsync(f.fileno())
     partial.rename(path)
 
+digest_of = lambda folder: hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 def save_checkpoint(out, model, tokenizer, state):
     """A Hugging Face folder with trainer.pt in it, written beside the old one; then the link `checkpoint` is swapped."""
     folder, link, now = out / f"checkpoint-{state['step']}-{time.time_ns()}", out / "checkpoint.new", out / "checkpoint"
-    try:
-        with refusing(f"no checkpoint could be written in {out}; --resume continues from the one before", RunError):
-            model.save_pretrained(folder), tokenizer.save_pretrained(folder)
-            digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-            torch.save(state | dict(digest=digest), folder / "trainer.pt")
-            os.sync()  # all of it on the disk before it counts
-            link.unlink(missing_ok=True), link.symlink_to(folder.name), link.rename(now)
-    finally:
-        for old in {*out.glob("checkpoint-*")} - {now.resolve(), out / os.path.basename(now.resolve())}:
-            shutil.rmtree(old, ignore_errors=True)
-
+    with refusing(f"no checkpoint could be written in {out}; --resume continues from the one before", RunError):
+        model.save_pretrained(folder), tokenizer.save_pretrained(folder)
+        torch.save(state | dict(digest=digest_of(folder)), folder / "trainer.pt")
+        os.sync()  # all of it on the disk before it counts
+        link.unlink(missing_ok=True), link.symlink_to(folder.name), link.rename(now)
+    for old in [f for f in out.glob("checkpoint-*") if f.name != folder.name]: shutil.rmtree(old, ignore_errors=True)
 def load_checkpoint(out, model, optimizer):
-    """Restore model and optimiser; returns the rest of what was saved, or {} where nothing was. Raises UserError naming a
-    checkpoint that is damaged or another model's."""
+    """Restore model and optimiser; returns the rest of what was saved, {} if nothing was. Raises UserError if damaged."""
     if not (folder := out / "checkpoint").exists(): return {}
     with refusing(f"{folder} is damaged or another model's"):
         state = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
-        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-        require(digest == state["digest"], "model.safetensors is not the file that was saved")
+        require(digest_of(folder) == state["digest"], "model.safetensors is not the file that was saved")
         safetensors.torch.load_model(model, folder / "model.safetensors")
         optimizer.load_state_dict(state["optimizer"])
     return state
-
 # ------------------------------------------------------------------------------------------------ 12. training
-def play(model, tokenizer, cfg, part, generator):
-    """Roll out the problems in `part` and reward every chain: the Rollout, and a dict of reward parts a row."""
-    r = rollout(model, tokenizer, [prompt for _, _, prompt in part], cfg, generator)
-    return r, [rewards(part[row // cfg.chains], text) for row, text in enumerate(r.texts)]
-
 def readable(r, row, tokenizer):
     """A trajectory as text, mixtures as `the{0.62}|a{0.38}`."""
     pieces = []
@@ -760,9 +735,10 @@ def readable(r, row, tokenizer):
 def collect(sampler, tokenizer, cfg, step, generator):
     """A step's experience: the Rollout, its advantages (B,), and what to log."""
     counts.clear()
-    numbers = range(step * cfg.prompts_per_step, (step + 1) * cfg.prompts_per_step)
     generator.manual_seed(cfg.seed * 1_000_003 + step + 1)  # the step number is all the random state there is
-    r, parts = play(sampler, tokenizer, cfg, [train_problem(cfg, tokenizer, n) for n in numbers], generator)
+    part = [train_problem(cfg, tokenizer, step * cfg.prompts_per_step + j) for j in range(cfg.prompts_per_step)]
+    r = rollout(sampler, tokenizer, [prompt for _, _, prompt in part], cfg, generator)
+    parts = [rewards(part[row // cfg.chains], text) for row, text in enumerate(r.texts)]
     reward = torch.tensor([p["reward"] for p in parts], device=r.mask.device).view(-1, cfg.chains)  # (prompts, G)
     log = {name: sum(p[name] for p in parts) / len(parts) for name in parts[0]} | step_probes(r)
     log |= {name: counts[name] for name in ("too_long", "timeout", "rejected", "raised")}
@@ -770,24 +746,21 @@ def collect(sampler, tokenizer, cfg, step, generator):
     return r, group_advantages(reward).flatten(), log
 
 def update(policy, reference, optimizer, batch, cfg, number):
-    """Optimiser update `number` on a batch of (Rollout, advantages); a non-finite loss or gradient skips it."""
-    chains, tokens = sum(len(r.mask) for r, _ in batch), sum(int(r.sampled.sum()) for r, _ in batch)
+    """Optimiser update `number` on a batch of (Rollout, advantages, _); a non-finite loss or gradient skips it."""
+    chains, tokens = sum(len(r.mask) for r, _, _ in batch), sum(int(r.sampled.sum()) for r, _, _ in batch)
     log = collections.Counter(loss=0, kl=0, clipped=0)
-    for r, advantages in batch:
+    for r, advantages, _ in batch:
         length = r.prompt_mask.sum(1) + r.mask.sum(1)  # (B,); micro-batches hold rows of similar length
         for rows in length.argsort().split(max(1, cfg.micro_tokens // int(length.max()))):
             part = r.select(rows)
-            with torch.no_grad():
-                ref = rollout_logprobs(reference, part, cfg) if reference is not None else None
-            loss, stats = grpo_loss(rollout_logprobs(policy, part, cfg), part.logprob, ref, advantages[rows], part.sampled,
-                                    cfg, token_weights(part.sampled, cfg, chains, tokens))
+            with torch.no_grad(): ref = rollout_logprobs(reference, part, cfg) if reference is not None else None
+            logprob = rollout_logprobs(policy, part, cfg)
+            loss, stats = grpo_loss(logprob, part.logprob, ref, advantages[rows], part.sampled, cfg, chains, tokens)
             loss.backward()
             log.update(stats)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip).item()
-    lr = cfg.lr * min(1.0, (number + 1) / max(1, cfg.warmup * cfg.steps / cfg.accumulate))
-    optimizer.param_groups[0]["lr"] = lr
-    if finite := math.isfinite(norm) and math.isfinite(log["loss"]):
-        optimizer.step()
+    lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1, (number + 1) / max(1, cfg.warmup * cfg.steps / cfg.accumulate))
+    if finite := math.isfinite(norm) and math.isfinite(log["loss"]): optimizer.step()
     optimizer.zero_grad()
     return dict(log, grad_norm=norm, lr=lr, skipped=int(not finite))
 
@@ -795,93 +768,88 @@ def train(cfg) -> int:
     """The whole method: roll out, reward, compare within groups, update. Returns the exit status."""
     require(torch.cuda.is_available() or cfg.smoke, "no CUDA GPU; allowed on a CPU is --smoke: small model, small settings")
     require(cfg.chains > 1, f"chains = {cfg.chains}: GRPO compares a prompt's chains; allowed is 2 or more")
-    out, began, stop, bad = Path(cfg.out), time.time(), [], 0
-    lock = open_run(out, cfg.resume)
+    out, began, stop, bad, logs = Path(cfg.out), time.time(), [], 0, ("metrics.jsonl", "samples.txt")
     policy, tokenizer = load_model(cfg)
-    test, generator = test_problems(cfg, tokenizer), torch.Generator(policy.device)
+    test, generator, _ = test_problems(cfg, tokenizer), torch.Generator(policy.device), train_problem(cfg, tokenizer, 0)
+    with refusing(f"{out} cannot be used; allowed is a folder, and one that no other process works in"):
+        out.mkdir(parents=True, exist_ok=True)
+        fcntl.flock(lock := open(out / "lock", "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)  # it dies with the process
     reference = working_copy(copy.deepcopy(policy).requires_grad_(False)) if cfg.kl_beta else None
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, (0.9, 0.99), weight_decay=0.1, fused=True)
     state = load_checkpoint(out, policy, optimizer) if cfg.resume else {}
     sampler, done, spent = working_copy(policy), state.get("step", 0), state.get("seconds", 0.0)
+    require(done <= cfg.steps, f"steps = {cfg.steps}: the run in {out} has done {done}; allowed is that or more")
     for layer in policy.base_model.layers if cfg.checkpoint_activations else ():
-        layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = functools.partial(recompute, layer.forward, preserve_rng_state=False)
     write_whole(out / "config.json", json.dumps(vars(cfg) | dict(resume=False), indent=1))
-    if (out / "metrics.jsonl").exists():  # each step once: what came after the checkpoint is done again
-        write_whole(out / "metrics.jsonl", "".join((out / "metrics.jsonl").open().readlines()[:done]))
+    for name in logs:  # each step once: what was written after the checkpoint is done again
+        with open(out / name, "a") as f: f.truncate(state.get(name, 0))
     accuracy = lambda: evaluate(sampler, tokenizer, cfg, generator, test)["pass@1"]
-    before = state.get("before") or accuracy()
+    before = state["before"] if state else accuracy()
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda number, _: stop.append(number))
     bar = tqdm(total=cfg.steps, initial=done, desc=cfg.method, disable=None)
     while done < cfg.steps:
         steps = range(done, min(done + cfg.accumulate, cfg.steps))
-        rollouts, advantages, logs = zip(*(collect(sampler, tokenizer, cfg, step, generator) for step in steps))
-        logs[-1].update(update(policy, reference, optimizer, list(zip(rollouts, advantages)), cfg, done // cfg.accumulate))
+        batch = [collect(sampler, tokenizer, cfg, step, generator) for step in steps]  # (Rollout, advantages, log) each
+        (first, _, _), (_, _, log) = batch[0], batch[-1]
+        log.update(update(policy, reference, optimizer, batch, cfg, done // cfg.accumulate))
         working_copy(policy, sampler)
-        done, bad = steps[-1] + 1, (bad + 1) * logs[-1]["skipped"]
+        done, bad = steps[-1] + 1, (bad + 1) * log["skipped"]
         due = lambda every: every and steps[0] // every < done // every
-        if due(cfg.eval_every): logs[-1]["test_accuracy"] = accuracy()
-        with open(out / "metrics.jsonl", "a") as metrics, open(out / "samples.txt", "a") as samples:
-            metrics.writelines(json.dumps(dict(step=step) | log) + "\n" for step, log in zip(steps, logs))
+        if due(cfg.eval_every): log["test_accuracy"] = accuracy()
+        with open(out / logs[0], "a") as metrics, open(out / logs[1], "a") as samples:
+            metrics.writelines(json.dumps(dict(step=step) | log) + "\n" for step, (_, _, log) in zip(steps, batch))
             if not steps[0] or due(cfg.save_every):
-                lines = [f"step {steps[0]}: {readable(rollouts[0], row, tokenizer)}\n" for row in range(cfg.chains)]
-                samples.writelines(lines), bar.write(lines[0], end="")
-        bar.update(len(steps))
-        bar.set_postfix_str("reward {reward:.2f} right {correct:.2f} H {entropy:.2f} length {think_tokens:.0f} kl {kl:.3f} "
-                            "flat {no_gradient:.2f}".format(**logs[-1]))
+                texts = [f"step {steps[0]}: {readable(first, row, tokenizer)}\n" for row in range(cfg.chains)]
+                samples.writelines(texts), bar.write(texts[0], end="")
+        shown = "reward", "correct", "entropy", "think_tokens", "kl", "no_gradient"
+        bar.set_postfix({name: f"{log[name]:.2f}" for name in shown}, refresh=False), bar.update(len(steps))
         if stop or bad == 3 or done == cfg.steps or due(cfg.save_every):
-            save_checkpoint(out, policy, tokenizer, dict(step=done, before=before, seconds=spent + time.time() - began,
-                                                         optimizer=optimizer.state_dict()))
+            state = dict(step=done, before=before, seconds=spent + time.time() - began, optimizer=optimizer.state_dict())
+            save_checkpoint(out, policy, tokenizer, state | {name: (out / name).stat().st_size for name in logs})
         if bad == 3:
-            raise RunError(f"loss or gradient was not finite three times in a row; saved in {out}. Likely cause: lr = "
-                           f"{cfg.lr} is too high for this model, or its weights hold a nan")
+            raise RunError(f"loss or gradient not finite, three times in a row; saved in {out}. Is lr = {cfg.lr} too high?")
         if stop:
             print(f"stopped by signal {stop[0]} after {done} steps; --resume --out {out} continues", file=sys.stderr)
             return 128 + stop[0]
-    result = dict(task=cfg.task, method=cfg.method, seed=cfg.seed, accuracy_before=before, accuracy_after=accuracy(),
-                  seconds=spent + time.time() - began, steps=cfg.steps)
+    result = dict(task=cfg.task, method=cfg.method, seed=cfg.seed, steps=cfg.steps, accuracy_before=before,
+                  accuracy_after=accuracy(), seconds=spent + time.time() - began)
     write_whole(out / "result.json", json.dumps(result, indent=1))
-    print("{task}, {method}, seed {seed}: accuracy {accuracy_before:.3f} -> {accuracy_after:.3f}, {seconds:.0f} s".format(**result))
+    print(f"{out}: accuracy {before:.3f} -> {result['accuracy_after']:.3f} in {result['seconds']:.0f} s")
     return 0
-
 # ------------------------------------------------------------------------------------------------ 13. evaluation
 def pass_at_k(n, c, k):
     """Chance that at least one of k chains is right when c of n were, without bias (Chen et al. 2021)."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-def evaluate(model, tokenizer, cfg, generator, test, probes=False):
-    """Sampled accuracy on test problems: pass@k, the standard error of pass@1 over problems, with `probes` also section
-    10's. The last checkpoint is what counts, not the best one on the test set."""
+def evaluate(model, tokenizer, cfg, generator, test):
+    """Sampled accuracy on test problems: pass@k, standard error of pass@1 over problems, section 10's probes."""
     generator.manual_seed(cfg.seed)
     n, right, seen, hidden = max(1, 256 // cfg.chains), [], collections.Counter(), {}  # n problems at once
     for i in range(0, len(test), n):
-        r, parts = play(model, tokenizer, cfg, test[i : i + n], generator)
+        r = rollout(model, tokenizer, [prompt for _, _, prompt in test[i : i + n]], cfg, generator)
+        parts = [rewards(test[i + row // cfg.chains], text) for row, text in enumerate(r.texts)]
         right += torch.tensor([p["correct"] for p in parts]).view(-1, cfg.chains).sum(1).int().tolist()
-        if probes:
-            seen.update({name: v * len(parts) / cfg.chains / len(test) for name, v in step_probes(r).items()})
-            hidden = hidden or hidden_probes(model, r.select(torch.arange(min(32, len(parts)), device=model.device)), cfg)
+        seen.update({name: v * len(parts) / cfg.chains / len(test) for name, v in step_probes(r).items()})
+        hidden = hidden or hidden_probes(model, r.select(torch.arange(min(32, len(parts)), device=model.device)), cfg)
     error = (torch.tensor(right) / cfg.chains).std().item() / len(right) ** 0.5 if len(right) > 1 else math.nan
     passed = {f"pass@{k}": sum(pass_at_k(cfg.chains, c, k) for c in right) / len(right) for k in range(1, cfg.chains + 1)}
     return passed | dict(stderr=error, problems=len(test)) | seen | hidden
 
 def evaluation(configs) -> int:
-    """`eval`: every task with every method on one model; a table, methods side by side, and eval.json. Returns the exit
-    status."""
+    """`eval`: every task, every method, one model; a table, methods side by side, and eval.json. Returns the status."""
     model, tokenizer = load_model(configs[0])
     sampler, generator, path = working_copy(model), torch.Generator(model.device), Path(configs[0].out) / "eval.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     for task in task_names(configs[0]):
-        rows = []
-        for cfg in [replace(cfg, task=task) for cfg in configs]:
-            rows.append(vars(cfg) | evaluate(sampler, tokenizer, cfg, generator, test_problems(cfg, tokenizer), probes=True))
+        rows = [vars(cfg) | evaluate(sampler, tokenizer, cfg, generator, test_problems(cfg, tokenizer))
+                for cfg in (replace(cfg, task=task) for cfg in configs)]
         print(f"{task:18}" + "".join(f"{cfg.method:>20}" for cfg in configs))
-        for name in [n for n in rows[0] if n not in vars(cfg) and isinstance(rows[0][n], (int, float))]:
+        for name in [n for n in rows[0] if n not in vars(configs[0]) and isinstance(rows[0][n], (int, float))]:
             print(f"  {name:16}" + "".join(f"{row[name]:20.3f}" for row in rows), flush=True)
         old = json.loads(path.read_text()) if path.exists() else []
         write_whole(path, json.dumps(old + rows, indent=1))  # earlier evaluations stay
     print(f"written to {path}")
     return 0
-
-# ------------------------------------------------------------------------------------------------ the command line
 
 def parse(argv):
     """The command and the settings given, as typed."""
@@ -892,9 +860,9 @@ def parse(argv):
         m, kind = f.metadata, type(f.default)
         group = groups[m["group"]] = groups.get(m["group"]) or parser.add_argument_group(m["group"])
         flags = dict.fromkeys(["--" + f.name.replace("_", "-"), "--" + f.name] + ["--tasks"] * (f.name == "task"))
-        shown = "{" + m["allowed"].replace(" ", ",") + "}" if kind is str and m["allowed"] else kind.__name__.upper()
-        group.add_argument(*flags, dest=f.name, default=argparse.SUPPRESS, help=f"{m['help']} [{f.default}]", **(
-            dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=shown)))
+        text = m["help"] + f": {m['allowed']}" * (kind is str and bool(m["allowed"])) + f" [{f.default}]"
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__.upper())
+        group.add_argument(*flags, dest=f.name, default=argparse.SUPPRESS, help=text, **how)
     given, unknown = parser.parse_known_args(argv)
     for name in unknown: check_name("argument", name, ["--" + f.name for f in fields(Config)])
     return vars(given).pop("command"), vars(given)
@@ -911,21 +879,21 @@ def main(argv=None) -> int:
             return evaluation([make_config(m.strip(), **given) for m in given.pop("method", "dirichlet").split(",")])
         cfg = make_config(**given)
         cfg.out = cfg.out or f"runs/{cfg.task.replace(',', '+')}-{cfg.method}-{cfg.seed}"
+        config, exists = Path(cfg.out) / "config.json", (Path(cfg.out) / "config.json").exists()
+        require(exists or not cfg.resume, f"no run in {cfg.out} to --resume; allowed is an --out with a config.json")
+        require(cfg.resume or not exists, f"{cfg.out} holds a run; allowed: --resume to continue it, or another --out")
         if cfg.resume:
-            saved = read_config(Path(cfg.out))
+            with refusing(f"{config} is damaged; allowed is a run's"):
+                saved = vars(make_config(**json.loads(config.read_text())))
             for name in sorted({*given} - FREE):  # these alone may change on the way
                 require(given[name] == saved[name], f"--resume: {cfg.out} has {name} = {saved[name]!r}, not {given[name]!r}")
             cfg = make_config(**saved | given | dict(out=cfg.out))
         return train(cfg)
-    except UserError as e:
-        print(f"motg: {e}", file=sys.stderr)
-        return e.status
-    except torch.cuda.OutOfMemoryError:
-        print("motg: out of GPU memory; lower --micro-tokens, --chains or --max-new-tokens, or set --checkpoint-activations",
-              file=sys.stderr)
-    except OSError as e:
-        print(f"motg: {e}; what was saved before is intact, --resume continues from it", file=sys.stderr)
-    return 1
+    except (UserError, OSError, torch.cuda.OutOfMemoryError) as e:
+        more = "" if isinstance(e, UserError) else "; what was saved before is intact, --resume continues from it"
+        more += "; lower --micro-tokens, --chains or --max-new-tokens" * isinstance(e, torch.cuda.OutOfMemoryError)
+        print(f"motg: {str(e).splitlines()[0]}{more}", file=sys.stderr)
+        return getattr(e, "status", 1)
 
 if __name__ == "__main__":
     sys.exit(main())
