@@ -22,7 +22,6 @@ from pathlib import Path
 # The runtime reads this once, so it is set before torch is imported. A user's own setting stands.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import reasoning_gym
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
@@ -99,7 +98,7 @@ METHODS = {
     "multiplex": dict(sampling="with-replacement", aggregation="probability", logprob="exact"),
     "soft-grpo": dict(aggregation="gumbel", logprob="exact")}
 SMOKE = dict(model="", task="chain_sum", chains=8, prompts_per_step=16, accumulate=1, steps=80, max_prompt_tokens=64,
-             max_new_tokens=40, lr=5e-5, grad_clip=1.0, kl_beta=0.01, eval_problems=256, save_every=40)
+             max_new_tokens=40, lr=5e-5, micro_tokens=1024, grad_clip=1.0, kl_beta=0.01, eval_problems=256, save_every=40)
 DRAWN = ("without-replacement", "with-replacement")  # rules whose candidates are drawn; the first is a sample from p
 
 def check_name(what, name, known):
@@ -125,8 +124,8 @@ def check_config(cfg: Config) -> Config:
                               f"{f.name} = {value}: allowed is a finite number, {allowed[0]} to {allowed[1]}")
     for name in task_names(cfg): check_name("task", name, sorted(reasoning_gym.factory.DATASETS))
     density = cfg.sampling in DRAWN or cfg.sampling == "top-k" and cfg.aggregation in ("dirichlet", "gumbel")
-    require(cfg.logprob != "exact" or density and cfg.aggregation != "max", f"logprob 'exact' is undefined for {cfg.sampling} "
-            f"+ {cfg.aggregation}; allowed: top-k + dirichlet or gumbel, or {' or '.join(DRAWN)} with anything but max")
+    require(cfg.logprob != "exact" or density and cfg.aggregation != "max", f"logprob 'exact' is undefined for {cfg.sampling} +"
+            f" {cfg.aggregation}; allowed: top-k + dirichlet or gumbel, or {' or '.join(DRAWN)} with anything but max")
     require(cfg.end != "steps" or cfg.end_steps < cfg.max_new_tokens, "end_steps: allowed is less than max_new_tokens")
     return cfg
 # ------------------------------------------------------------------------------------------------ 2. mixtures
@@ -139,7 +138,7 @@ def token_distribution(logits, temperature):
     """log p = log softmax(z / T) in float32, shape of `logits`. Sampler, scorer, reference and probes all call this."""
     return F.log_softmax(logits.float() / temperature, dim=-1)
 
-entropy_of = lambda log_p: torch.special.entr(log_p.exp()).sum(-1)  # H(p) in nats, (..., V) -> (...)
+entropy_of = lambda log_p: -(log_p.exp() * log_p.clamp(min=-99)).sum(-1)  # H(p) in nats, (..., V) -> (...)
 def draw(log_p, generator=None, block=128):
     """One token a row from p, (B, V) -> (B,): inverse CDF in float64, so no tail is cut off, in two stages (a block of
     the vocabulary, then a token of it), so sums stay short. Noise for every token (Gumbel-max) costs ten times it."""
@@ -356,7 +355,7 @@ class Decoder:
         self.logits.copy_(self.head(hidden[:, 0]))
         self.position.add_(1)
     def run(self, visible):
-        """A step that sees `visible` slots. On CUDA the second one like it is recorded and replayed from then on: one launch."""
+        """A step that sees `visible` slots. On CUDA the second one like it is recorded, and replayed from then on."""
         self.visible, graph = visible, self.graphs.get(visible)
         if graph is None or self.table.device.type == "cpu":
             self.graphs[visible] = "warm"
@@ -377,11 +376,12 @@ def rollout(model, tokenizer, prompts: list[str], cfg, generator=None) -> Rollou
     length, d = (max(P, cfg.max_prompt_tokens) if cuda else P) + cfg.max_new_tokens, getattr(model, "decoder", None)
     if d is None or (d.cfg, d.rows, d.generator) != (cfg, rows, generator) or d.length < length:
         d = model.decoder = Decoder(model, tokenizer, cfg, rows, length, generator)
-    d.start(ids)
     bucket, every = (256, 16) if cuda else (1, 1)  # graphs come in steps of 256 slots; a stop test makes the GPU wait
-    for t in range(cfg.max_new_tokens):
-        d.run(min(d.length, -(-(P + t + 1) // bucket) * bucket))
-        if (t + 1) % every == 0 and not d.live.any(): break
+    with torch.inference_mode(not cuda):  # where no graph is replayed, a tenth faster
+        d.start(ids)
+        for t in range(cfg.max_new_tokens):
+            d.run(min(d.length, -(-(P + t + 1) // bucket) * bucket))
+            if (t + 1) % every == 0 and not d.live.any(): break
     r = {n: v[:, : int(d.record["mask"].sum(1).max())].clone() for n, v in d.record.items()}
     texts = [tokenizer.decode(y[keep], clean_up_tokenization_spaces=False)
              for y, keep in zip(r["representative"].cpu(), (r["mask"] & ~r["eos"]).cpu())]
@@ -485,8 +485,7 @@ def test_problems(cfg, tokenizer):
     return [p for task in task_names(cfg) for p in problems(task, cfg, tokenizer, 0, range(60 * n), True, n)]
 
 def extract_answer(text):
-    """The last `<answer>...</answer>` after the thought, ends stripped, inner newlines kept, or None.
-    '1 + 1</think> <answer> 2 </answer>' -> '2'"""
+    """The last answer after the thought, inner newlines kept, or None: '1 + 1</think> <answer> 2 </answer>' -> '2'."""
     before, closed, _ = text.rpartition(TAG)[2].rpartition("</answer>")
     _, opened, answer = before.rpartition("<answer>")
     return answer.strip() if opened and closed else None
@@ -536,7 +535,6 @@ def worker(fd):
     import contextlib, multiprocessing.connection, os, pickle, reasoning_gym, resource, signal, struct, sys
     sys.excepthook = lambda *_: os._exit(1)  # at once; tearing this interpreter down takes a second
     pipe, data = multiprocessing.connection.Connection(fd), {}
-    pipe.send_bytes(b"ready")
     while pid := os.fork():
         verdict = b"timeout" if os.waitpid(pid, 0)[1] == signal.SIGALRM else b"raised"
         pipe.send_bytes(struct.pack("8sd", verdict, 0))  # fails, and so ends the zygote, when there is no trainer
@@ -563,10 +561,10 @@ def score(task, answer, entry) -> float:
         scorer, theirs = multiprocessing.Pipe()
         source = f"import ast, math, re\nARITHMETIC, LITERALS, FUNCTIONS, SIZES = {ARITHMETIC, LITERALS, FUNCTIONS, SIZES}\n"
         source += "".join(map(inspect.getsource, (bits, admit, worker))) + f"worker({theirs.fileno()})"
-        command, quiet = [sys.executable, "-c", source], dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        environment = os.environ | dict(OMP_NUM_THREADS="1")
-        scorer.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True, env=environment, **quiet)
-        theirs.close(), scorer.recv_bytes(5)  # an EOFError here: reasoning_gym cannot be imported
+        command, streams = [sys.executable, "-c", source], dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        scorer.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True,
+                                          env=os.environ | dict(OMP_NUM_THREADS="1"), **streams)
+        theirs.close()
     task, verdict, value = entry["metadata"]["source_dataset"] if task == "composite" else task, b"rejected", 0.0
     if len(answer) <= max(4096, 4 * len(str(entry["answer"]))):
         pipe, scorer, verdict = scorer, None, b"raised"  # put back when the exchange is complete
@@ -622,8 +620,8 @@ def smoke_tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     bpe = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
-    bpe.add_tokens([SYSTEM, "system\n", "user\n", "assistant\n<think>\n", "easy", TAG, " <answer>", "</answer>", " + ", " - ",
-                    " = ", ", ", " =", "State the final answer to the following arithmetic problem: ", *map(str, range(100))])
+    bpe.add_tokens([SYSTEM, "system\n", "user\n", "assistant\n<think>\n", "State the final answer to the following arithmetic "
+                    "problem: ", "easy", TAG, " <answer>", "</answer>", " + ", " - ", " = ", ", ", " =", *map(str, range(100))])
     chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}<|im_start|>assistant\n"
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                                 additional_special_tokens=["<|im_start|>"], chat_template=chatml)
@@ -720,7 +718,8 @@ def load_checkpoint(out, model, optimizer):
     with refusing(f"{folder} is damaged or another model's"):
         state = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
         require(digest_of(folder) == state["digest"], "model.safetensors is not the file that was saved")
-        safetensors.torch.load_model(model, folder / "model.safetensors")
+        saved = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        model.load_state_dict(saved.state_dict())
         optimizer.load_state_dict(state["optimizer"])
     return state
 # ------------------------------------------------------------------------------------------------ 12. training
