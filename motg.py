@@ -164,8 +164,7 @@ def candidates(log_p, cfg, generator=None):
         while len(drawn) < cfg.k:  # without replacement: draw, strike out, draw again (Gumbel top-k's law, Plackett-Luce)
             rest = strike(rest, drawn[-1]) if cfg.sampling == "without-replacement" else rest
             drawn.append(draw(rest, generator))
-        tokens = torch.stack(drawn, dim=-1)  # (B, k)
-        return tokens, log_p.gather(-1, tokens)
+        return (tokens := torch.stack(drawn, dim=-1)), log_p.gather(-1, tokens)
     top, tokens = log_p.topk(cfg.k)  # (B, k), descending
     if cfg.sampling == "nucleus":  # a token stays while the mass *before* it is below top_p
         top = top.masked_fill(top.exp().cumsum(-1) - top.exp() >= cfg.top_p, -INF)
@@ -694,8 +693,7 @@ def hidden_probes(model, r, cfg, window=8):
             for t, value in enumerate(hidden_state_entropy(states[-1].unfold(0, window, 1).mT).tolist(), window):
                 curve[t].append(value)
     layers = torch.stack(layers).mean(0).tolist() if layers else [math.nan]
-    return dict(hidden_last=layers[-1], hidden_entropy=layers,
-                hidden_entropy_curve={t: sum(v) / len(v) for t, v in sorted(curve.items())})
+    return dict(hidden_last=layers[-1], hidden_entropy=layers, hidden_entropy_curve={t: sum(v) / len(v) for t, v in curve.items()})
 # ------------------------------------------------------------------------------------------------ 11. a run's folder
 def write_whole(path, text):
     """Beside, to the disk, swapped in: a crash leaves the old text or the new one."""
@@ -706,12 +704,14 @@ digest_of = lambda folder: hashlib.sha256((folder / "model.safetensors").read_by
 def save_checkpoint(out, model, tokenizer, state):
     """A Hugging Face folder with trainer.pt in it, written beside the old one; then the link `checkpoint` is swapped."""
     folder, link, now = out / f"checkpoint-{state['step']}-{time.time_ns()}", out / "checkpoint.new", out / "checkpoint"
-    with refusing(f"no checkpoint could be written in {out}; --resume continues from the one before", RunError):
-        model.save_pretrained(folder), tokenizer.save_pretrained(folder)
-        torch.save(state | dict(digest=digest_of(folder)), folder / "trainer.pt")
-        os.sync()  # all of it on the disk before it counts
-        link.unlink(missing_ok=True), link.symlink_to(folder.name), link.rename(now)
-    for old in [f for f in out.glob("checkpoint-*") if f.name != folder.name]: shutil.rmtree(old, ignore_errors=True)
+    try:
+        with refusing(f"no checkpoint could be written in {out}; --resume continues from the one before", RunError):
+            model.save_pretrained(folder), tokenizer.save_pretrained(folder)
+            torch.save(state | dict(digest=digest_of(folder)), folder / "trainer.pt")
+            for file in [*folder.iterdir(), folder]: os.fsync(fd := os.open(file, os.O_RDONLY)), os.close(fd)
+            link.unlink(missing_ok=True), link.symlink_to(folder.name), link.rename(now)
+    finally:
+        for old in [f for f in out.glob("checkpoint-*") if f.name != now.resolve().name]: shutil.rmtree(old, ignore_errors=True)
 def load_checkpoint(out, model, optimizer):
     """Restore model and optimiser; returns the rest of what was saved, {} if nothing was. Raises UserError if damaged."""
     if not (folder := out / "checkpoint").exists(): return {}
