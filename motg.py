@@ -602,7 +602,7 @@ def working_copy(model, twin=None):
 
 # The smoke world: sums of one-digit terms, and demonstrations in three habits: a third works the sum out, a third forgets
 # the last term, a third guesses. Imitation learns all three; which one is right, only the reward tells.
-WARM = dict(steps=400, batch=64, lr=2e-3, layers=3, width=128)
+WARM = dict(steps=500, batch=64, lr=2e-3, layers=3, width=128)
 
 def demonstration(entry, rng):
     """Thought and answer for a chain_sum entry, in a habit that `rng` draws."""
@@ -630,7 +630,7 @@ def warm_start(cfg):
     tokenizer, rng, pad = smoke_tokenizer(), random.Random(0), torch.nn.utils.rnn.pad_sequence
     torch.manual_seed(0)
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=WARM["width"], intermediate_size=4 * WARM["width"], num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=WARM["width"], intermediate_size=2 * WARM["width"], num_attention_heads=4,
         num_hidden_layers=WARM["layers"], num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id))
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM["lr"], betas=(0.9, 0.98), weight_decay=0.01, fused=True)
