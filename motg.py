@@ -84,7 +84,7 @@ class Config:
     kl_beta: float = opt("GRPO", 0.1, "weight of the KL to the reference, 0 keeps none (paper: 0.1)", (0, INF))
     clip: float = opt("GRPO", 0.2, "PPO's clip of the ratio (paper: 0.2)", (0, 1))
     loss_average: str = opt("GRPO", "chain", "chain: paper's code; token: DAPO; constant: Dr. GRPO", "chain token constant")
-    micro_tokens: int = opt("GRPO", 16384, "padded tokens a micro-batch; lower it when memory runs out", (1, INF))
+    micro_tokens: int = opt("GRPO", 4096, "padded tokens a micro-batch; lower it when memory runs out", (1, INF))
     checkpoint_activations: bool = opt("GRPO", False, "recompute layers in the backward pass: less memory, slower")
     eval_problems: int = opt("evaluation", 100, "distinct test problems a task (paper: 100)", (1, INF))
     eval_every: int = opt("evaluation", 0, "steps between evaluations; 0: only before and after", (0, INF))
@@ -376,7 +376,7 @@ def rollout(model, tokenizer, prompts: list[str], cfg, generator=None) -> Rollou
     if d is None or (d.cfg, d.rows, d.generator) != (cfg, rows, generator) or d.length < length:
         d = model.decoder = Decoder(model, tokenizer, cfg, rows, length, generator)
     bucket, every = (256, 16) if cuda else (1, 1)  # graphs come in steps of 256 slots; a stop test makes the GPU wait
-    with torch.inference_mode(not cuda):  # where no graph is replayed, a tenth faster
+    with torch.no_grad() if cuda else torch.inference_mode():  # where no graph is replayed, the latter is a tenth faster
         d.start(ids)
         for t in range(cfg.max_new_tokens):
             d.run(min(d.length, -(-(P + t + 1) // bucket) * bucket))

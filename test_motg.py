@@ -599,6 +599,23 @@ def test_step_probes_by_hand(small):
                 answer_tokens=0.5, distinct_tokens=(3 + 1) / 2, truncated=0.5, tagged=0.5)
     assert {n: got[n] for n in want} == pytest.approx(want, abs=1e-5)
 
+def test_hidden_probes_are_of_the_models_own_states(folder):
+    """The states that predict the thinking steps, which for single tokens an ordinary forward pass of the text has too."""
+    cfg = config("single", model=folder, smoke=True, chains=3, max_new_tokens=24)
+    model, tokenizer = motg.load_model(cfg)
+    r = motg.rollout(model, tokenizer, ["ab c"], cfg, seeded(0))
+    found, layers, curve = motg.hidden_probes(model, r, cfg, window=4), [], collections.defaultdict(list)
+    for ids, tokens, n in zip(r.prompt_ids, r.representative, r.thinking.sum(1).tolist()):
+        with torch.no_grad():
+            out = model(input_ids=torch.cat([ids, tokens])[None], output_hidden_states=True).hidden_states
+        states = [h[0, len(ids) - 1 : len(ids) - 1 + n] for h in out]
+        layers.append([motg.hidden_state_entropy(h) for h in states])
+        for t in range(4, n + 1):
+            curve[t].append(motg.hidden_state_entropy(states[-1][t - 4 : t]))
+    assert found["hidden_entropy"] == pytest.approx(torch.tensor(layers).mean(0).tolist(), abs=1e-4)
+    assert found["hidden_entropy_curve"] == pytest.approx({t: sum(v) / len(v) for t, v in curve.items()}, abs=1e-4)
+    assert found["hidden_last"] == found["hidden_entropy"][-1] and len(curve) > 4
+
 # ------------------------------------------------------------------------------------------ 9 tasks and rewards
 
 @cases("task", ["chain_sum", "graph_color", "list_functions"])
@@ -749,6 +766,9 @@ def half(folder):
     """The command that continues a run with a checkpoint at its step 2 of 4."""
     assert motg.main([*RUN, "--model", folder, "--steps", "2"]) == 0
     return [*RUN, "--model", folder, "--resume"]
+
+def test_activation_checkpointing_changes_no_number(straight):
+    assert straight("--checkpoint-activations") == straight()
 
 def test_what_a_run_writes(folder, capsys):
     command, out = [*RUN, "--model", folder, "--method", "different-tokens", "--eval-every", "2"], pathlib.Path("out")
