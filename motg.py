@@ -705,7 +705,7 @@ def save_checkpoint(out, model, tokenizer, state):
     """A Hugging Face folder with trainer.pt in it, written beside the old one; then the link `checkpoint` is swapped."""
     folder, link, now = out / f"checkpoint-{state['step']}-{time.time_ns()}", out / "checkpoint.new", out / "checkpoint"
     try:
-        with refusing(f"no checkpoint could be written in {out}; --resume continues from the one before", RunError):
+        with refusing(f"no checkpoint could be written in {out}: is the disk full? --resume continues from the last one", RunError):
             model.save_pretrained(folder), tokenizer.save_pretrained(folder)
             torch.save(state | dict(digest=digest_of(folder)), folder / "trainer.pt")
             for file in [*folder.iterdir(), folder]: os.fsync(fd := os.open(file, os.O_RDONLY)), os.close(fd)

@@ -807,6 +807,24 @@ def test_a_run_killed_at_random_moments_can_go_on(kills, folder, straight):
             shutil.rmtree("out")
     assert motg.main(command()) == 0 and outcome() == straight()
 
+def test_a_full_file_system_stops_in_one_line_and_the_run_goes_on_when_there_is_room(folder, straight, tmp_path, capsys):
+    assert motg.main([*RUN, "--model", folder, "--steps", "2", "--out", "probe"]) == 0
+    size = sum(file.stat().st_size for file in pathlib.Path("probe").rglob("*") if file.is_file()) // 1024
+    (disk := tmp_path / "disk").mkdir()
+    mount = lambda options: subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], capture_output=True).returncode
+    if mount(f"size={size * 3 // 2}k"):  # room for one checkpoint, not for the next one beside it
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        said(capsys)
+        command = [*RUN, "--model", folder, "--out", str(disk / "run")]
+        assert motg.main(command) == 1
+        assert len(lines := said(capsys)) == 1 and "disk full" in lines[0] and "--resume" in lines[0], lines
+        assert len([*(disk / "run").glob("checkpoint-*")]) == 1  # what was written of the next one is gone
+        assert mount("remount,size=64m") == 0 and motg.main([*command, "--resume"]) == 0
+        assert outcome(disk / "run") == straight()
+    finally:
+        subprocess.run(["umount", disk])
+
 @cases("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops_with_its_status(number, folder):
     args = [*RUN, "--model", folder, "--save-every", "4000", "--steps", "4000"]
