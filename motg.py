@@ -124,8 +124,8 @@ def check_config(cfg: Config) -> Config:
                               f"{f.name} = {value}: allowed is a finite number, {allowed[0]} to {allowed[1]}")
     for name in task_names(cfg): check_name("task", name, sorted(reasoning_gym.factory.DATASETS))
     density = cfg.sampling in DRAWN or cfg.sampling == "top-k" and cfg.aggregation in ("dirichlet", "gumbel")
-    require(cfg.logprob != "exact" or density and cfg.aggregation != "max", f"logprob 'exact' is undefined for {cfg.sampling} +"
-            f" {cfg.aggregation}; allowed: top-k + dirichlet or gumbel, or {' or '.join(DRAWN)} with anything but max")
+    require(cfg.logprob != "exact" or density and cfg.aggregation != "max", f"logprob 'exact' is undefined for {cfg.sampling}"
+            f" + {cfg.aggregation}; allowed: top-k + dirichlet or gumbel, or {' or '.join(DRAWN)} with anything but max")
     require(cfg.end != "steps" or cfg.end_steps < cfg.max_new_tokens, "end_steps: allowed is less than max_new_tokens")
     return cfg
 # ------------------------------------------------------------------------------------------------ 2. mixtures
@@ -551,6 +551,9 @@ def worker(fd):
         signal.setitimer(signal.ITIMER_REAL, 0)
         pipe.send_bytes(struct.pack("8sd", verdict, value))
 
+SOURCE = f"import ast, math, re\nARITHMETIC, LITERALS, FUNCTIONS, SIZES = {ARITHMETIC, LITERALS, FUNCTIONS, SIZES}\n" + "".join(
+    map(inspect.getsource, (bits, admit, worker)))  # read now: the file may change during a long run
+
 def score(task, answer, entry) -> float:
     """The task's own score of `answer`, in [0, 1], within about two seconds; 0 for None and for what `counts` counts."""
     global scorer
@@ -558,11 +561,9 @@ def score(task, answer, entry) -> float:
     if answer is None: return 0.0
     if scorer is None or scorer.poll():  # an idle one that has something to say has died
         scorer, theirs = multiprocessing.Pipe()
-        source = f"import ast, math, re\nARITHMETIC, LITERALS, FUNCTIONS, SIZES = {ARITHMETIC, LITERALS, FUNCTIONS, SIZES}\n"
-        source += "".join(map(inspect.getsource, (bits, admit, worker))) + f"worker({theirs.fileno()})"
-        command, streams = [sys.executable, "-c", source], dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        scorer.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True,
-                                          env=os.environ | dict(OMP_NUM_THREADS="1"), **streams)
+        command = [sys.executable, "-c", f"{SOURCE}worker({theirs.fileno()})"]
+        scorer.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=os.environ | dict(OMP_NUM_THREADS="1"),
+            start_new_session=True, **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL))
         theirs.close()
     task, verdict, value = entry["metadata"]["source_dataset"] if task == "composite" else task, b"rejected", 0.0
     if len(answer) <= max(4096, 4 * len(str(entry["answer"]))):
@@ -692,8 +693,8 @@ def hidden_probes(model, r, cfg, window=8):
         if states.shape[1] >= window:
             for t, value in enumerate(hidden_state_entropy(states[-1].unfold(0, window, 1).mT).tolist(), window):
                 curve[t].append(value)
-    layers = torch.stack(layers).mean(0).tolist() if layers else [math.nan]
-    return dict(hidden_last=layers[-1], hidden_entropy=layers, hidden_entropy_curve={t: sum(v) / len(v) for t, v in curve.items()})
+    h = torch.stack(layers).mean(0).tolist() if layers else [math.nan]
+    return dict(hidden_last=h[-1], hidden_entropy=h, hidden_entropy_curve={t: sum(v) / len(v) for t, v in curve.items()})
 # ------------------------------------------------------------------------------------------------ 11. a run's folder
 def write_whole(path, text):
     """Beside, to the disk, swapped in: a crash leaves the old text or the new one."""
@@ -705,7 +706,7 @@ def save_checkpoint(out, model, tokenizer, state):
     """A Hugging Face folder with trainer.pt in it, written beside the old one; then the link `checkpoint` is swapped."""
     folder, link, now = out / f"checkpoint-{state['step']}-{time.time_ns()}", out / "checkpoint.new", out / "checkpoint"
     try:
-        with refusing(f"no checkpoint could be written in {out}: is the disk full? --resume continues from the last one", RunError):
+        with refusing(f"no checkpoint was written in {out}: is the disk full? --resume continues from the last", RunError):
             model.save_pretrained(folder), tokenizer.save_pretrained(folder)
             torch.save(state | dict(digest=digest_of(folder)), folder / "trainer.pt")
             for file in [*folder.iterdir(), folder]: os.fsync(fd := os.open(file, os.O_RDONLY)), os.close(fd)
