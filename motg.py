@@ -600,7 +600,6 @@ def working_copy(model, twin=None):
     twin, fresh = twin or copy.deepcopy(model).requires_grad_(False), twin is None
     for new, old in zip(model.parameters(), twin.parameters()): old.data = new.bfloat16() if fresh else old.copy_(new)
     return twin
-
 # The smoke world: sums of one-digit terms, and demonstrations in three habits: a third works the sum out, a third forgets
 # the last term, a third guesses. Imitation learns all three; which one is right, only the reward tells.
 WARM = dict(steps=500, batch=64, lr=2e-3, layers=3, width=128)
@@ -824,7 +823,8 @@ def pass_at_k(n, c, k):
 def evaluate(model, tokenizer, cfg, generator, test):
     """Sampled accuracy on test problems: pass@k, standard error of pass@1 over problems, section 10's probes."""
     generator.manual_seed(cfg.seed)
-    n, right, seen, hidden = max(1, 256 // cfg.chains), [], collections.Counter(), {}  # n problems at once
+    right, seen, hidden, slots = [], collections.Counter(), {}, cfg.max_prompt_tokens + cfg.max_new_tokens
+    n = max(1, min(256, 2**17 // slots) // cfg.chains)  # problems at once: up to 256 rows, fewer where their cache is large
     for i in range(0, len(test), n):
         r = rollout(model, tokenizer, [prompt for _, _, prompt in test[i : i + n]], cfg, generator)
         parts = [rewards(test[i + row // cfg.chains], text) for row, text in enumerate(r.texts)]

@@ -794,7 +794,8 @@ def test_a_killed_run_resumes_to_the_same_bits(flags, folder, straight):
     assert motg.main([*RUN, "--model", folder, *flags, "--resume"]) == 0
     assert outcome() == straight(*flags) != straight(*flags, "--seed", "2")
 
-@cases("kills", [2, pytest.param(20, marks=slow)])
+@slow
+@cases("kills", [20])
 def test_a_run_killed_at_random_moments_can_go_on(kills, folder, straight):
     command = lambda: [*RUN, "--model", folder] + ["--resume"] * os.path.exists("out/config.json")
     for _ in range(kills):
@@ -847,7 +848,7 @@ def die_before_rename(n):
     rename, calls = pathlib.Path.rename, itertools.count()
     pathlib.Path.rename = lambda *a: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == n else rename(*a)
 
-@cases("n", range(3))  # files and checkpoints are swapped in by renames
+@cases("n", [pytest.param(0, marks=slow), pytest.param(1, marks=slow), 2])  # files and checkpoints are swapped in by renames
 def test_a_run_killed_before_any_of_its_renames_keeps_a_checkpoint(n, half, straight):
     (process := start(half, functools.partial(die_before_rename, n))).join()
     assert process.exitcode == -signal.SIGKILL and os.path.exists("out/checkpoint/trainer.pt")
@@ -950,7 +951,7 @@ def test_the_readme_names_commands_flags_and_files_that_exist():
 
 # ------------------------------------------------------------------------------------------ 14 does it learn?
 
-@cases("method", ["single", "dirichlet", "different-tokens", "multiplex", "soft-grpo"])
+@cases("method", ["single", "dirichlet", "different-tokens", *(pytest.param(m, marks=slow) for m in ("multiplex", "soft-grpo"))])
 def test_training_raises_the_reward(method, folder, monkeypatch):
     """The whole loop on a random model; the reward is the share of vowels in what is read."""
     def wanted(problem, text, *_):
@@ -1157,7 +1158,7 @@ def test_a_zygote_killed_while_idle_and_an_interrupt():
     signal.signal(signal.SIGALRM, old)
     assert motg.score("chain_sum", "0", entry) == 0.0  # not the 1.0 of the call that was cut short
 
-@pytest.mark.parametrize("hang", [False, True])
+@pytest.mark.parametrize("hang", [pytest.param(False, marks=slow), True])
 def test_no_process_outlives_the_trainer(hang):
     code = ("import os, test_motg as t; d, e, a = t.entry_of('chain_sum'); t.motg.score('chain_sum', a, e); "
             "print(t.motg.scorer.process.pid, flush=True); "
