@@ -448,7 +448,7 @@ SIZES = {"family_relationships": dict(min_family_size=8, max_family_size=12),  #
          "chain_sum": dict(min_terms=3, max_terms=4, max_digits=1)}  # the smoke mode's
 SYSTEM = "First think inside <think> and </think>, then give the final answer alone inside <answer> and </answer>."
 FORMAT = re.compile(r"(?:(?!</think>|<answer>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
-counts = collections.Counter()  # since it was cleared: prompts "too_long"; answers "timeout", "rejected", "raised" (8)
+counts = collections.Counter()  # since it was cleared: prompts "too_long"; answers "scored", "timeout", "rejected", "raised"
 
 task_names = lambda cfg: PAPER_TASKS if cfg.task == "all" else tuple(name.strip() for name in cfg.task.split(","))
 
@@ -555,7 +555,7 @@ SOURCE = f"import ast, math, re\nARITHMETIC, LITERALS, FUNCTIONS, SIZES = {ARITH
     map(inspect.getsource, (bits, admit, worker)))  # read now: the file may change during a long run
 
 def score(task, answer, entry) -> float:
-    """The task's own score of `answer`, in [0, 1], within about two seconds; 0 for None and for what `counts` counts."""
+    """The task's own score of `answer`, in [0, 1], within about two seconds; 0 for None and where `counts` says why."""
     global scorer
     require(task in reasoning_gym.factory.DATASETS, f"no task {task!r}")
     if answer is None: return 0.0
