@@ -272,11 +272,16 @@ def grouped_attention(module, q, k, v, mask, scaling=None, **_):
     """softmax(q k^T) v for transformers, (B, heads, Q, D) -> (B, Q, heads, D). In a decoding step the query heads that
     share a key head become rows of one head: its keys are read once and not copied for each."""
     B, H, Q, D = q.shape
-    q = q.reshape(B, k.shape[1], -1, D) if Q == 1 else q
+    if Q == 1: q = q.reshape(B, k.shape[1], -1, D)
+    elif mask is not None: k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))  # as fused kernels want it
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, is_causal=mask is None,
                                          enable_gqa=q.shape[1] != k.shape[1])
     return out.reshape(B, H, Q, D).transpose(1, 2), None
 transformers.AttentionInterface.register("motg", grouped_attention)
+
+def read(model, embeds, position, mask, cache, **more):
+    """The model below its head. Arguments go by place: transformers has renamed `past_key_values` to `cache`."""
+    return model.base_model(None, mask, position, cache, embeds, use_cache=True, **more)
 
 class Decoder:
     """What decoding B rows keeps from step to step, the KV cache included, for the next rollout of its shape to reuse."""
@@ -302,8 +307,7 @@ class Decoder:
         return (k, v) if self.visible is None else [cache[:, :, : self.visible] for cache in self.layers[layer]]
     def forward(self, embeds, position, mask=None):
         """Hidden states (B, Q, d) at `position` (B, Q)."""
-        feed = dict(inputs_embeds=embeds, attention_mask=mask, position_ids=position, past_key_values=self, use_cache=True)
-        return self.model.base_model(**feed).last_hidden_state
+        return read(self.model, embeds, position, mask, self).last_hidden_state
     def start(self, ids):
         """Prefill each prompt once; keep the logits (B, V) of its last token for each of its chains."""
         padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(i) for i in ids], batch_first=True).to(self.table.device)
@@ -389,18 +393,30 @@ def rollout(model, tokenizer, prompts: list[str], cfg, generator=None) -> Rollou
 # ------------------------------------------------------------------------------------------------ 5. log-probabilities
 # The same numbers as while sampling, from one pass over whole rows and with gradient. What would cost memory is the
 # logits, (B, T, V) in float32: they exist a few positions at a time, and again in the backward pass.
+class SharedPrompts:
+    """Transformers' layers call `update` with keys and values (n, heads, Q, D): a first pass leaves those of each distinct
+    prompt in `kept`, a second gets its prompt's in front of each row's own."""
+    def __init__(self, kept, rows=None): self.kept, self.rows = kept, rows
+    def update(self, k, v, layer, *_, **__):
+        if self.rows is None: self.kept[layer] = k, v
+        return (k, v) if self.rows is None else [torch.cat([prompt[self.rows], own], dim=2)
+                                                 for prompt, own in zip(self.kept[layer], (k, v))]
+
 def completion_hidden(model, r, cfg, every_layer=False):
     """Hidden states (layers, B, T, d) that predicted each completion step, of the last layer alone or of all, embeddings
-    first. Rows are shifted left, so that padding comes last and plain causal attention is right without a mask."""
+    first. A prompt is read once for all its chains; what they teach it adds up in its keys and values."""
     table, (B, P), T = model.get_input_embeddings().weight, r.prompt_ids.shape, r.mask.shape[1]
-    embeds = torch.cat([F.embedding(r.prompt_ids, table),
-                        mixture_embedding(table, r.tokens, r.log_weights, cfg.aggregation)], dim=1)  # (B, P + T, d)
-    length, slots = r.prompt_mask.sum(1, keepdim=True), torch.arange(P + T, device=table.device)  # (B, 1), (P + T,)
-    embeds = embeds.gather(1, (slots + P - length).clamp(max=P + T - 1)[..., None].expand_as(embeds))
-    out = model.base_model(inputs_embeds=embeds, position_ids=slots.expand(B, -1), use_cache=False,
-                           output_hidden_states=every_layer)
-    at = (slots[:T] + length - 1)[..., None].expand(-1, -1, embeds.shape[2])  # (B, T, d)
-    return torch.stack([h.gather(1, at) for h in (out.hidden_states if every_layer else [out.last_hidden_state])])
+    prompts, rows = r.prompt_ids.masked_fill(~r.prompt_mask, -1).unique(dim=0, return_inverse=True)  # (n, P), (B,)
+    slots, length, kept = torch.arange(P + T, device=table.device), (prompts >= 0).sum(1, keepdim=True), {}  # (P + T,), (n, 1)
+    prompts = prompts.gather(1, (slots[:P] + P - length).clamp(max=P - 1))  # padding comes last, where causal rows do not look
+    read(model, F.embedding(prompts, table), slots[None, :P], None, SharedPrompts(kept))
+    steps = mixture_embedding(table, r.tokens, r.log_weights, cfg.aggregation)  # (B, T, d)
+    embeds = torch.cat([F.embedding(r.prompt_ids[:, -1:], table), steps[:, :-1]], dim=1)  # (B, T, d) the prompt's last first
+    before = length[rows] - 1  # (B, 1) tokens in front of these
+    own = (slots >= P) & (slots <= P + slots[:T, None])  # (T, P + T)
+    mask = (slots < before)[:, None, None] | own  # (B, 1, T, P + T)
+    out = read(model, embeds, before + slots[:T], mask, SharedPrompts(kept, rows), output_hidden_states=every_layer)
+    return torch.stack(out.hidden_states if every_layer else [out.last_hidden_state])
 
 def rollout_logprobs(model, rollout, cfg, micro_batch=None):
     """Log-probs (B, T) of every sampled step under `model`, recomputed in parallel with gradient; 0 elsewhere."""
@@ -744,13 +760,20 @@ def collect(sampler, tokenizer, cfg, step, generator):
     log["no_gradient"] = (reward == reward[:, :1]).all(1).float().mean().item()  # groups of equal rewards teach nothing
     return r, group_advantages(reward).flatten(), log
 
+def micro_batches(r, cfg):
+    """Row numbers, cut so that the tokens of a part, padding included, are about `cfg.micro_tokens`. Whole groups where
+    that is possible, since the chains of a prompt share its pass; else parts of a group, of similar length."""
+    P, n, G = int(r.prompt_mask.sum(1).max()), r.mask.sum(1), cfg.chains  # n: (B,)
+    groups = cfg.micro_tokens // (P + G * int(n.max()))
+    order = (torch.arange(len(n), device=n.device) // G * cfg.max_new_tokens + n).argsort()
+    return order.split(groups * G or max(1, (cfg.micro_tokens - P) // int(n.max())))
+
 def update(policy, reference, optimizer, batch, cfg, number):
     """Optimiser update `number` on a batch of (Rollout, advantages, _); a non-finite loss or gradient skips it."""
     chains, tokens = sum(len(r.mask) for r, _, _ in batch), sum(int(r.sampled.sum()) for r, _, _ in batch)
     log = collections.Counter(loss=0, kl=0, clipped=0)
     for r, advantages, _ in batch:
-        length = r.prompt_mask.sum(1) + r.mask.sum(1)  # (B,); micro-batches hold rows of similar length
-        for rows in length.argsort().split(max(1, cfg.micro_tokens // int(length.max()))):
+        for rows in micro_batches(r, cfg):
             part = r.select(rows)
             with torch.no_grad(): ref = rollout_logprobs(reference, part, cfg) if reference is not None else None
             logprob = rollout_logprobs(policy, part, cfg)
