@@ -294,6 +294,7 @@ class Decoder:
         self.tag_ids, self.eos_ids = (torch.tensor(i, device=model.device) for i in (
             tokenizer(TAG, add_special_tokens=False)["input_ids"], eos_ids(model, tokenizer)))
         self.slot0 = torch.arange(cfg.k, device=model.device) == 0  # (k,)
+        self.row = torch.arange(rows, device=model.device)  # (B,) where each row is recorded
         self.t, (self.position, self.matched, self.streak, self.forced) = zeros(1), zeros(4, rows)  # see `choose`
         self.thinking, self.live = zeros(2, rows, dtype=torch.bool)
     def update(self, k, v, layer, *_, **__):
@@ -303,7 +304,7 @@ class Decoder:
             self.layers[layer] = [x.new_zeros(self.rows, x.shape[1], self.length, x.shape[3]) for x in (k, v)]
         for cache, new in zip(self.layers[layer], (k, v)):
             if self.visible is None: cache[:, :, : new.shape[2]] = new.repeat_interleave(self.rows // len(new), dim=0)
-            else: cache[torch.arange(self.rows, device=new.device), :, self.position] = new[:, :, 0]
+            else: cache[torch.arange(len(new), device=new.device), :, self.position] = new[:, :, 0]
         return (k, v) if self.visible is None else [cache[:, :, : self.visible] for cache in self.layers[layer]]
     def forward(self, embeds, position, mask=None):
         """Hidden states (B, Q, d) at `position` (B, Q)."""
@@ -347,7 +348,7 @@ class Decoder:
                                 logprob=score.masked_fill(force | ~live, 0.0)).items():
             if name not in self.record:
                 self.record[name] = value.new_zeros(self.rows, cfg.max_new_tokens, *value.shape[1:])
-            self.record[name].index_copy_(1, self.t, value[:, None])
+            self.record[name][self.row, self.t] = value
         thinking.logical_and_(~closes), live.logical_and_(~ends)
         self.matched.copy_(matched % len(TAG)), self.t.add_(1)
         return mixture_embedding(self.table, tokens, log_w, cfg.aggregation)[:, None]
@@ -357,6 +358,11 @@ class Decoder:
         hidden = self.forward(embeds, self.position[:, None], (slots <= self.position[:, None])[:, None, None])  # (B, 1, d)
         self.logits.copy_(self.head(hidden[:, 0]))
         self.position.add_(1)
+    def drop_ended(self):
+        """Go on with the live rows alone. Tensors change shape, so never where graphs are replayed."""
+        self.layers = {i: [cache[self.live] for cache in pair] for i, pair in self.layers.items()}
+        for name in ("row", "position", "matched", "streak", "forced", "thinking", "logits", "live"):  # `live` last
+            setattr(self, name, getattr(self, name)[self.live])
     def run(self, visible):
         """A step that sees `visible` slots. On CUDA the second one like it is recorded, and replayed from then on."""
         self.visible, graph = visible, self.graphs.get(visible)
@@ -377,14 +383,16 @@ def rollout(model, tokenizer, prompts: list[str], cfg, generator=None) -> Rollou
     require(ids and all(ids), "rollout needs prompts of at least one token each")
     cuda, P, rows = model.device.type == "cuda", max(map(len, ids)), len(ids) * cfg.chains
     length, d = (max(P, cfg.max_prompt_tokens) if cuda else P) + cfg.max_new_tokens, getattr(model, "decoder", None)
-    if d is None or (d.cfg, d.rows, d.generator) != (cfg, rows, generator) or d.length < length:
+    if d is None or not cuda or (d.cfg, d.rows, d.generator) != (cfg, rows, generator) or d.length < length:
         d = model.decoder = Decoder(model, tokenizer, cfg, rows, length, generator)
     bucket, every = (256, 16) if cuda else (1, 1)  # graphs come in steps of 256 slots; a stop test makes the GPU wait
     with torch.no_grad() if cuda else torch.inference_mode():  # where no graph is replayed, the latter is a tenth faster
         d.start(ids)
         for t in range(cfg.max_new_tokens):
             d.run(min(d.length, -(-(P + t + 1) // bucket) * bucket))
-            if (t + 1) % every == 0 and not d.live.any(): break
+            if (t + 1) % every: continue
+            if not (live := int(d.live.sum())): break
+            if not cuda and live <= 0.75 * len(d.live): d.drop_ended()
     r = {n: v[:, : int(d.record["mask"].sum(1).max())].clone() for n, v in d.record.items()}
     texts = [tokenizer.decode(y[keep], clean_up_tokenization_spaces=False)
              for y, keep in zip(r["representative"].cpu(), (r["mask"] & ~r["eos"]).cpu())]
@@ -607,6 +615,7 @@ def load_model(cfg):
         (decoder := Decoder(model, tokenizer, cfg, 1, 10, None)).start(ids.tolist())
     require({*kinds} <= {"full_attention"} and torch.allclose(want, decoder.logits, atol=1e-3, rtol=1e-3),
             f"{name!r}: allowed are models with full causal attention and an unscaled head, such as Qwen2 and Llama")
+    if model.num_parameters() < 10**7 and "OMP_NUM_THREADS" not in os.environ: torch.set_num_threads(1)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 @torch.no_grad()
@@ -637,7 +646,8 @@ def smoke_tokenizer():
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
     bpe.add_tokens([SYSTEM, "system\n", "user\n", "assistant\n<think>\n", "State the final answer to the following arithmetic "
                     "problem: ", "easy", TAG, " <answer>", "</answer>", " + ", " - ", " = ", ", ", " =", *map(str, range(100))])
-    chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}<|im_start|>assistant\n"
+    chatml = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+              "{{ '<|im_start|>assistant\n' }}")  # in an expression, since Jinja drops a newline that ends its text
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                                 additional_special_tokens=["<|im_start|>"], chat_template=chatml)
 
@@ -847,7 +857,7 @@ def evaluate(model, tokenizer, cfg, generator, test):
     """Sampled accuracy on test problems: pass@k, standard error of pass@1 over problems, section 10's probes."""
     generator.manual_seed(cfg.seed)
     right, seen, hidden, slots = [], collections.Counter(), {}, cfg.max_prompt_tokens + cfg.max_new_tokens
-    n = max(1, min(256, 2**17 // slots) // cfg.chains)  # problems at once: up to 256 rows, fewer where their cache is large
+    n = max(1, min(512, 2**17 // slots) // cfg.chains)  # problems at once: up to 512 rows, fewer where their cache is large
     for i in range(0, len(test), n):
         r = rollout(model, tokenizer, [prompt for _, _, prompt in test[i : i + n]], cfg, generator)
         parts = [rewards(test[i + row // cfg.chains], text) for row, text in enumerate(r.texts)]
