@@ -6,15 +6,11 @@ ordinary tokens, and is trained by GRPO on those mixture trajectories with rewar
     logits z --softmax(z/T)--> p --k candidates v--> weights w --sum_i w_i E[v_i]--> next input       (thinking)
                                `--one token y: the same with a one-hot w-----------> next input       (answering)
 
-The sections follow the data; where they depart from the paper and its code, and why, is in README.md:
-    1 settings    2 mixtures    3 the end of a thought    4 rollouts    5 log-probabilities    6 GRPO    7 tasks
-    8 contained scoring    9 models    10 probes    11 a run's folder    12 training    13 evaluation, command line
+Thirteen sections follow the data; where they depart from the paper and its code, and why, is in README.md.
 Shapes: B rows, one a (prompt, chain); G chains; P prompt length; T new tokens; k candidates; V vocabulary; d width; L slots
 """
-from __future__ import annotations
-
 import argparse, ast, collections, contextlib, copy, difflib, fcntl, functools, hashlib, inspect, json
-import math, multiprocessing, os, pickle, random, re, shutil, signal, struct, subprocess, sys, time
+import math, multiprocessing, os, pickle, random, re, shutil, signal, struct, subprocess, sys, time, types
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -103,18 +99,15 @@ DRAWN = ("without-replacement", "with-replacement")  # rules whose candidates ar
 
 def check_name(what, name, known):
     """Raises UserError, with the likely spelling or all that is allowed, when `name` is not among `known`."""
-    if name in known: return
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(known)}"
-    raise UserError(f"unknown {what} {name!r}; {hint}")
+    require(name in known, f"unknown {what} {name!r}; {hint}")
+
 def make_config(method="dirichlet", **overrides) -> Config:
-    """Defaults, then --smoke's, then the method's, then `overrides`; checked. Raises UserError."""
+    """Defaults, then --smoke's, then the method's, then `overrides`; all settings are checked here. Raises UserError."""
     check_name("method", method, METHODS)
     for name in overrides: check_name("setting", name, Config.__annotations__)
-    base = SMOKE if overrides.get("smoke") else {}
-    return check_config(Config(**base | METHODS[method] | {"method": method} | overrides))
-def check_config(cfg: Config) -> Config:
-    """The one place where settings are checked; returns `cfg`. Raises UserError naming what is allowed."""
+    cfg = Config(**(SMOKE if overrides.get("smoke") else {}) | METHODS[method] | {"method": method} | overrides)
     for f in fields(cfg):
         value, allowed, kind = getattr(cfg, f.name), f.metadata["allowed"], type(f.default)
         if kind is float and type(value) is int: setattr(cfg, f.name, value := float(value))
@@ -152,8 +145,7 @@ def draw(log_p, generator=None, block=128):
 
 # p without a token (...), renormalised in log space, since 1 - p(token) cancels where p is sharp.
 strike = lambda log_p, token: log_p.scatter(-1, token[..., None], -INF).log_softmax(-1)  # (..., V)
-# Standard Gumbel noise g: argmax(log w + g) is a draw from Cat(w).
-gumbel_noise = lambda like, generator=None: -torch.empty_like(like).exponential_(generator=generator).log()
+gumbel_noise = lambda like, g=None: -torch.empty_like(like).exponential_(generator=g).log()  # argmax(log w + it) ~ Cat(w)
 # Dirichlet's parameters c p^, p^ kept above 1e-5: a drawn log-weight is of size 1/p^, too large a one loses its density.
 dirichlet_alpha = lambda log_hat, cfg: cfg.concentration * log_hat.exp().clamp(min=1e-5)  # (..., k)
 
@@ -227,10 +219,10 @@ def mixture_logprob(logits, tokens, log_weights, representative, cfg, log_p=None
     return torch.where(n == 1, token, score)
 # ------------------------------------------------------------------------------------------------ 3. the end of a thought
 # `</think>` is looked for in the text, not among the ids: for Qwen2.5 it is three tokens, and the last may swallow what
-# follows (`>\n` is one token). Instead of decoding every row at every step, a row keeps one number, how many of the tag's
-# eight characters its text ends with, and a table says what each token makes of that number. Rules that end a thought:
-# `representative`, the text read so far completes the tag; `most-likely`, it would with the arg-max token; `entropy` (low
-# for end_patience steps) and `steps` write the tag themselves: forced tokens, which nobody chose and which carry no loss.
+# follows (`>\n` is one token). So as not to decode every row at every step, a row keeps a number, how many of the tag's
+# eight characters its text ends with, and a table says what each token makes of it. Rules that end a thought:
+# `representative`, the text completes the tag; `most-likely`, it would with the arg-max token; `entropy` (low for
+# end_patience steps) and `steps` write the tag themselves: forced tokens, which nobody chose and which carry no loss.
 @functools.lru_cache(maxsize=8)
 def tag_table(tokenizer, vocabulary):
     """(8, V): how many characters of the tag are matched after token v, from s matched before; 8 completes it."""
@@ -242,13 +234,6 @@ def tag_table(tokenizer, vocabulary):
                 seen, lengths = TAG[:s] + text, range(len(TAG) - 1, -1, -1)
                 table[s, token] = len(TAG) if TAG in seen else next(n for n in lengths if seen.endswith(TAG[:n]))
     return table
-
-def eos_ids(model, tokenizer):
-    """Every id that ends an answer: the generation config's and the tokenizer's. Raises UserError if there is none."""
-    ids = getattr(model.generation_config, "eos_token_id", None)
-    ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
-    require(ids, "neither the tokenizer nor the generation config names an EOS token; one is needed")
-    return sorted(ids)
 # ------------------------------------------------------------------------------------------------ 4. rollouts
 # Token j of a row sits in cache slot j: prompts are padded on the right, and each row's own tokens then overwrite its
 # padding, so "slot <= position" is the only mask, for prompts of any lengths. A decoding step works on preallocated
@@ -273,50 +258,56 @@ def grouped_attention(module, q, k, v, mask, scaling=None, **_):
     share a key head become rows of one head: its keys are read once and not copied for each."""
     B, H, Q, D = q.shape
     if Q == 1: q = q.reshape(B, k.shape[1], -1, D)
-    elif mask is not None: k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))  # as fused kernels want it
-    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, is_causal=mask is None,
-                                         enable_gqa=q.shape[1] != k.shape[1])
+    else: k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))  # which every fused kernel takes
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, is_causal=mask is None)
     return out.reshape(B, H, Q, D).transpose(1, 2), None
 transformers.AttentionInterface.register("motg", grouped_attention)
 
-def read(model, embeds, position, mask, cache, **more):
-    """The model below its head. Arguments go by place: transformers has renamed `past_key_values` to `cache`."""
-    return model.base_model(None, mask, position, cache, embeds, use_cache=True, **more)
+def read(model, embeds, position, mask, update, **more):
+    """The model below its head on embeds (B, Q, d). Each layer attends to what `update(its keys, its values, layer)` gives."""
+    cache = types.SimpleNamespace(update=lambda k, v, layer, *_, **__: update(k, v, layer))
+    return model.base_model(None, mask, position, cache, embeds, use_cache=True, **more)  # by place: its name has changed
+
+def read_prompts(model, ids):
+    """Prompts (n, P), padding last -> hidden states (n, P, d), and layer -> keys and values, for their chains to share."""
+    embeds, slots, kept = model.get_input_embeddings()(ids), torch.arange(ids.shape[1], device=ids.device), {}
+    out = read(model, embeds, slots[None], None, lambda k, v, layer: kept.setdefault(layer, (k, v)))
+    return out.last_hidden_state, kept
 
 class Decoder:
     """What decoding B rows keeps from step to step, the KV cache included, for the next rollout of its shape to reuse."""
     def __init__(self, model, tokenizer, cfg, rows, length, generator):
         self.model, self.cfg, self.rows, self.length, self.generator = model, replace(cfg), rows, length, generator
         self.table, self.head = model.get_input_embeddings().weight, model.get_output_embeddings()  # (V, d)
-        self.layers, self.record, self.graphs, self.logits = {}, {}, {}, None
+        self.layers, self.record, self.graphs, self.logits, self.cuda = {}, {}, {}, None, model.device.type == "cuda"
         zeros = functools.partial(torch.zeros, dtype=torch.long, device=model.device)
         self.tag_table = tag_table(tokenizer, len(self.table)).to(model.device)  # (8, V)
+        eos = getattr(model.generation_config, "eos_token_id", None)  # every id that ends an answer: one, a list, or none
+        eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+        require(eos, "neither the tokenizer nor the generation config names an EOS token; one is needed")
         self.tag_ids, self.eos_ids = (torch.tensor(i, device=model.device) for i in (
-            tokenizer(TAG, add_special_tokens=False)["input_ids"], eos_ids(model, tokenizer)))
-        self.slot0 = torch.arange(cfg.k, device=model.device) == 0  # (k,)
-        self.row = torch.arange(rows, device=model.device)  # (B,) where each row is recorded
-        self.t, (self.position, self.matched, self.streak, self.forced) = zeros(1), zeros(4, rows)  # see `choose`
+            tokenizer(TAG, add_special_tokens=False)["input_ids"], sorted(eos)))
+        self.row, slots = (torch.arange(n, device=model.device) for n in (rows, cfg.k))  # (B,) where a row is recorded
+        self.slot0, self.t, (self.position, self.matched, self.streak, self.forced) = slots == 0, zeros(1), zeros(4, rows)
         self.thinking, self.live = zeros(2, rows, dtype=torch.bool)
-    def update(self, k, v, layer, *_, **__):
-        """Transformers' layers call this to store keys and values (B, heads, Q, D) and to get those to attend to. A prefill
-        has one row a prompt and is shared out to its chains; a step has one token a row, for its position."""
-        if layer not in self.layers:  # zeros: what a mask hides must still be finite
-            self.layers[layer] = [x.new_zeros(self.rows, x.shape[1], self.length, x.shape[3]) for x in (k, v)]
+    def update(self, k, v, layer):
+        """A step's keys and values (B, heads, 1, D) go to each row's position."""
         for cache, new in zip(self.layers[layer], (k, v)):
-            if self.visible is None: cache[:, :, : new.shape[2]] = new.repeat_interleave(self.rows // len(new), dim=0)
-            else: cache[torch.arange(len(new), device=new.device), :, self.position] = new[:, :, 0]
-        return (k, v) if self.visible is None else [cache[:, :, : self.visible] for cache in self.layers[layer]]
-    def forward(self, embeds, position, mask=None):
-        """Hidden states (B, Q, d) at `position` (B, Q)."""
-        return read(self.model, embeds, position, mask, self).last_hidden_state
+            cache[torch.arange(len(new), device=new.device), :, self.position] = new[:, :, 0]
+        return [cache[:, :, : self.visible] for cache in self.layers[layer]]
     def start(self, ids):
-        """Prefill each prompt once; keep the logits (B, V) of its last token for each of its chains."""
-        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(i) for i in ids], batch_first=True).to(self.table.device)
-        last, self.visible = torch.tensor([len(i) - 1 for i in ids], device=padded.device), None
-        hidden = self.forward(F.embedding(padded, self.table), torch.arange(padded.shape[1], device=padded.device)[None])
-        logits = self.head(hidden[torch.arange(len(ids)), last]).repeat_interleave(self.rows // len(ids), dim=0)  # (B, V)
+        """Read each prompt once, share its keys out to its chains; logits (B, V) for its last token alone."""
+        n, G, self.longest = len(ids), self.rows // len(ids), max(map(len, ids))
+        padded, last = (torch.tensor(x, device=self.table.device) for x in (
+            [i + [0] * (self.longest - len(i)) for i in ids], [len(i) - 1 for i in ids]))  # (n, P), (n,)
+        hidden, kept = read_prompts(self.model, padded)
+        for layer, pair in kept.items():
+            if layer not in self.layers:  # zeros: what a mask hides must still be finite
+                self.layers[layer] = [x.new_zeros(self.rows, x.shape[1], self.length, x.shape[3]) for x in pair]
+            for cache, x in zip(self.layers[layer], pair): cache[:, :, : self.longest] = x.repeat_interleave(G, dim=0)
+        logits = self.head(hidden[torch.arange(n, device=last.device), last]).repeat_interleave(G, dim=0)  # (B, V)
         self.logits = logits if self.logits is None else self.logits.copy_(logits)
-        self.position.copy_((last + 1).repeat_interleave(self.rows // len(ids)))
+        self.position.copy_((last + 1).repeat_interleave(G))
         for state in (self.t, self.matched, self.streak, self.forced, *self.record.values()): state.zero_()
         self.thinking.fill_(True), self.live.fill_(True)
     def choose(self):
@@ -354,28 +345,26 @@ class Decoder:
         return mixture_embedding(self.table, tokens, log_w, cfg.aggregation)[:, None]
     def step(self):
         """Choose, feed, read the next logits, on tensors that stay where they are."""
-        embeds, slots = self.choose(), torch.arange(self.visible, device=self.position.device)
-        hidden = self.forward(embeds, self.position[:, None], (slots <= self.position[:, None])[:, None, None])  # (B, 1, d)
-        self.logits.copy_(self.head(hidden[:, 0]))
-        self.position.add_(1)
+        mask = (torch.arange(self.visible, device=self.t.device) <= self.position[:, None])[:, None, None]  # (B, 1, 1, L)
+        hidden = read(self.model, self.choose(), self.position[:, None], mask, self.update).last_hidden_state  # (B, 1, d)
+        self.logits.copy_(self.head(hidden[:, 0])), self.position.add_(1)
     def drop_ended(self):
         """Go on with the live rows alone. Tensors change shape, so never where graphs are replayed."""
         self.layers = {i: [cache[self.live] for cache in pair] for i, pair in self.layers.items()}
         for name in ("row", "position", "matched", "streak", "forced", "thinking", "logits", "live"):  # `live` last
             setattr(self, name, getattr(self, name)[self.live])
-    def run(self, visible):
-        """A step that sees `visible` slots. On CUDA the second one like it is recorded, and replayed from then on."""
-        self.visible, graph = visible, self.graphs.get(visible)
-        if graph is None or self.table.device.type == "cpu":
-            self.graphs[visible] = "warm"
+    def run(self, t):
+        """Step t. On CUDA steps see multiples of 256 slots; the second of a kind is recorded, and replayed from then on."""
+        self.visible = min(self.length, -(-(self.longest + t + 1) // 256) * 256) if self.cuda else self.longest + t + 1
+        if (graph := self.graphs.get(self.visible)) is None or not self.cuda:
+            self.graphs[self.visible] = "warm"
             return self.step()
         if graph == "warm":
-            self.graphs[visible] = graph = torch.cuda.CUDAGraph()
+            self.graphs[self.visible] = graph = torch.cuda.CUDAGraph()
             if self.generator is not None: graph.register_generator_state(self.generator)
             with torch.cuda.graph(graph, pool=self.graphs.setdefault("pool", torch.cuda.graph_pool_handle())): self.step()
         graph.replay()
 
-@torch.no_grad()
 def rollout(model, tokenizer, prompts: list[str], cfg, generator=None) -> Rollout:
     """`cfg.chains` trajectories a prompt. Prompts are templated text ending in the opened think tag: every row starts
     thinking. Raises UserError for an empty prompt or a k above the vocabulary."""
@@ -385,15 +374,15 @@ def rollout(model, tokenizer, prompts: list[str], cfg, generator=None) -> Rollou
     length, d = (max(P, cfg.max_prompt_tokens) if cuda else P) + cfg.max_new_tokens, getattr(model, "decoder", None)
     if d is None or not cuda or (d.cfg, d.rows, d.generator) != (cfg, rows, generator) or d.length < length:
         d = model.decoder = Decoder(model, tokenizer, cfg, rows, length, generator)
-    bucket, every = (256, 16) if cuda else (1, 1)  # graphs come in steps of 256 slots; a stop test makes the GPU wait
     with torch.no_grad() if cuda else torch.inference_mode():  # where no graph is replayed, the latter is a tenth faster
         d.start(ids)
         for t in range(cfg.max_new_tokens):
-            d.run(min(d.length, -(-(P + t + 1) // bucket) * bucket))
-            if (t + 1) % every: continue
+            d.run(t)
+            if cuda and (t + 1) % 16: continue  # to look is to wait for the GPU
             if not (live := int(d.live.sum())): break
             if not cuda and live <= 0.75 * len(d.live): d.drop_ended()
     r = {n: v[:, : int(d.record["mask"].sum(1).max())].clone() for n, v in d.record.items()}
+    r["log_weights"].masked_fill_(~r["mask"][..., None] & ~d.slot0, -INF)  # padding is one-hot, dropped rows' too
     texts = [tokenizer.decode(y[keep], clean_up_tokenization_spaces=False)
              for y, keep in zip(r["representative"].cpu(), (r["mask"] & ~r["eos"]).cpu())]
     left = torch.tensor([[-1] * (P - len(i)) + i for i in ids], device=model.device).repeat_interleave(cfg.chains, dim=0)
@@ -401,29 +390,19 @@ def rollout(model, tokenizer, prompts: list[str], cfg, generator=None) -> Rollou
 # ------------------------------------------------------------------------------------------------ 5. log-probabilities
 # The same numbers as while sampling, from one pass over whole rows and with gradient. What would cost memory is the
 # logits, (B, T, V) in float32: they exist a few positions at a time, and again in the backward pass.
-class SharedPrompts:
-    """Transformers' layers call `update` with keys and values (n, heads, Q, D): a first pass leaves those of each distinct
-    prompt in `kept`, a second gets its prompt's in front of each row's own."""
-    def __init__(self, kept, rows=None): self.kept, self.rows = kept, rows
-    def update(self, k, v, layer, *_, **__):
-        if self.rows is None: self.kept[layer] = k, v
-        return (k, v) if self.rows is None else [torch.cat([prompt[self.rows], own], dim=2)
-                                                 for prompt, own in zip(self.kept[layer], (k, v))]
-
 def completion_hidden(model, r, cfg, every_layer=False):
     """Hidden states (layers, B, T, d) that predicted each completion step, of the last layer alone or of all, embeddings
-    first. A prompt is read once for all its chains; what they teach it adds up in its keys and values."""
-    table, (B, P), T = model.get_input_embeddings().weight, r.prompt_ids.shape, r.mask.shape[1]
+    first. Two passes: each distinct prompt, then, behind them, all chains; a prompt's gradient arrives through its keys."""
+    table, P, T = model.get_input_embeddings().weight, r.prompt_ids.shape[1], r.mask.shape[1]
     prompts, rows = r.prompt_ids.masked_fill(~r.prompt_mask, -1).unique(dim=0, return_inverse=True)  # (n, P), (B,)
-    slots, length, kept = torch.arange(P + T, device=table.device), (prompts >= 0).sum(1, keepdim=True), {}  # (P + T,), (n, 1)
-    prompts = prompts.gather(1, (slots[:P] + P - length).clamp(max=P - 1))  # padding comes last, where causal rows do not look
-    read(model, F.embedding(prompts, table), slots[None, :P], None, SharedPrompts(kept))
+    length, slots = (prompts >= 0).sum(1, keepdim=True), torch.arange(P + T, device=table.device)  # (n, 1), (P + T,)
+    _, kept = read_prompts(model, prompts.gather(1, (slots[:P] + P - length).clamp(max=P - 1)))  # moved left, padding last
     steps = mixture_embedding(table, r.tokens, r.log_weights, cfg.aggregation)  # (B, T, d)
-    embeds = torch.cat([F.embedding(r.prompt_ids[:, -1:], table), steps[:, :-1]], dim=1)  # (B, T, d) the prompt's last first
-    before = length[rows] - 1  # (B, 1) tokens in front of these
-    own = (slots >= P) & (slots <= P + slots[:T, None])  # (T, P + T)
+    embeds = torch.cat([F.embedding(r.prompt_ids[:, -1:], table), steps[:, :-1]], dim=1)  # (B, T, d) what precedes each step
+    before, own = length[rows] - 1, (slots >= P) & (slots <= P + slots[:T, None])  # (B, 1) earlier tokens; (T, P + T)
     mask = (slots < before)[:, None, None] | own  # (B, 1, T, P + T)
-    out = read(model, embeds, before + slots[:T], mask, SharedPrompts(kept, rows), output_hidden_states=every_layer)
+    behind = lambda k, v, layer: [torch.cat([prompt[rows], own], 2) for prompt, own in zip(kept[layer], (k, v))]
+    out = read(model, embeds, before + slots[:T], mask, behind, output_hidden_states=every_layer)
     return torch.stack(out.hidden_states if every_layer else [out.last_hidden_state])
 
 def rollout_logprobs(model, rollout, cfg, micro_batch=None):
@@ -435,7 +414,7 @@ def rollout_logprobs(model, rollout, cfg, micro_batch=None):
     steps, head = rollout.sampled, model.get_output_embeddings()
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=model.device.type == "cuda"):
         hidden = completion_hidden(model, rollout, cfg)[0][steps]  # (N, d)
-        size = max(1, 2**24 // len(head.weight))  # steps a chunk: 64 MiB of float32 logits
+        size = max(1, 2 ** (26 if hidden.is_cuda else 24) // len(head.weight))  # steps with 256 or 64 MiB of float32 logits
         score_chunk = lambda h, *step: mixture_logprob(head(h), *step, cfg)
         score = functools.partial(recompute, score_chunk) if len(hidden) > size else score_chunk
         scores = torch.cat([score(*chunk) for chunk in zip(*(x.split(size) for x in (
@@ -448,8 +427,8 @@ def group_advantages(rewards):
 
 def grpo_loss(logprob, old_logprob, ref_logprob, advantages, mask, cfg, chains=None, tokens=None):
     """PPO's clipped objective with group advantages A (B,), plus kl_beta times the k3 estimate of KL(policy || reference)
-    (Schulman 2020); log-probs and mask (B, T). Returns the loss and its parts. `chains` and `tokens` are the counts of
-    the *whole* batch that this is a micro-batch of: the gradient is then the same however that one is cut.
+    (Schulman 2020); the rest (B, T). Returns the loss and its parts. `chains` and `tokens` count the *whole* batch that
+    this is a micro-batch of: the gradient is the same however that one is cut.
         ratio = pi / pi_old       k3 = pi_ref / pi - log(pi_ref / pi) - 1  >= 0, unbiased
         loss  = -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) + kl_beta k3
     With one update a batch the ratio is 1 and the clip idles: the first term's gradient is REINFORCE's."""
@@ -468,13 +447,12 @@ def grpo_loss(logprob, old_logprob, ref_logprob, advantages, mask, cfg, chains=N
 # the question itself decides: by its hash, one in ten is a test question, whichever seed drew it.
 PAPER_TASKS = ("acre", "graph_color", "family_relationships", "color_cube_rotation", "zebra_puzzles", "number_sequence",
                "countdown", "prime_factorization", "circuit_logic", "syllogism", "self_reference", "simple_integration")
+task_names = lambda cfg: PAPER_TASKS if cfg.task == "all" else tuple(name.strip() for name in cfg.task.split(","))
 SIZES = {"family_relationships": dict(min_family_size=8, max_family_size=12),  # the paper's; the rest have their defaults
          "chain_sum": dict(min_terms=3, max_terms=4, max_digits=1)}  # the smoke mode's
 SYSTEM = "First think inside <think> and </think>, then give the final answer alone inside <answer> and </answer>."
 FORMAT = re.compile(r"(?:(?!</think>|<answer>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
 counts = collections.Counter()  # since it was cleared: prompts "too_long"; answers "scored", "timeout", "rejected", "raised"
-
-task_names = lambda cfg: PAPER_TASKS if cfg.task == "all" else tuple(name.strip() for name in cfg.task.split(","))
 
 @functools.lru_cache(maxsize=64)
 def dataset(task, seed):
@@ -615,7 +593,8 @@ def load_model(cfg):
         (decoder := Decoder(model, tokenizer, cfg, 1, 10, None)).start(ids.tolist())
     require({*kinds} <= {"full_attention"} and torch.allclose(want, decoder.logits, atol=1e-3, rtol=1e-3),
             f"{name!r}: allowed are models with full causal attention and an unscaled head, such as Qwen2 and Llama")
-    if model.num_parameters() < 10**7 and "OMP_NUM_THREADS" not in os.environ: torch.set_num_threads(1)
+    if model.num_parameters() < 10**7 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # waking a thread takes longer than its half of so small a product
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 @torch.no_grad()
@@ -627,7 +606,8 @@ def working_copy(model, twin=None):
     return twin
 # The smoke world: sums of one-digit terms, and demonstrations in three habits: a third works the sum out, a third forgets
 # the last term, a third guesses. Imitation learns all three; which one is right, only the reward tells.
-WARM = dict(steps=500, batch=64, lr=2e-3, layers=3, width=128)
+WARM = dict(steps=500, batch=64, lr=2e-3)
+SMALL = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 
 def demonstration(entry, rng):
     """Thought and answer for a chain_sum entry, in a habit that `rng` draws."""
@@ -641,31 +621,27 @@ def demonstration(entry, rng):
 
 def smoke_tokenizer():
     """Byte-level, with the numbers and phrases of this world as tokens of their own, and a ChatML template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    bpe = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    from tokenizers import ByteLevelBPETokenizer, pre_tokenizers
+    bpe = ByteLevelBPETokenizer({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
     bpe.add_tokens([SYSTEM, "system\n", "user\n", "assistant\n<think>\n", "State the final answer to the following arithmetic "
                     "problem: ", "easy", TAG, " <answer>", "</answer>", " + ", " - ", " = ", ", ", " =", *map(str, range(100))])
-    chatml = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
-              "{{ '<|im_start|>assistant\n' }}")  # in an expression, since Jinja drops a newline that ends its text
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                                additional_special_tokens=["<|im_start|>"], chat_template=chatml)
+    chat = "{%for m in messages%}<|im_start|>{{m.role}}\n{{m.content}}<|im_end|>{%endfor%}<|im_start|>assistant{{'\n'}}"
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>", chat_template=chat,
+                                                pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"])
 
 def warm_start(cfg):
     """A small Qwen2 and its tokenizer, trained on demonstrations; the loss counts their completions alone."""
     tokenizer, rng, pad = smoke_tokenizer(), random.Random(0), torch.nn.utils.rnn.pad_sequence
     torch.manual_seed(0)
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=WARM["width"], intermediate_size=2 * WARM["width"], num_attention_heads=4,
-        num_hidden_layers=WARM["layers"], num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id))
+        **SMALL, vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id))
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM["lr"], betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     for step in tqdm(range(WARM["steps"]), desc="warm start", leave=False, disable=None):
         optimizer.param_groups[0]["lr"] = WARM["lr"] * min((step + 1) / 40, max(0.05, 1 - step / WARM["steps"]))
         numbers = range(2 * step * WARM["batch"], 2 * (step + 1) * WARM["batch"])  # stream 10^6: no training seed's
         part = problems("chain_sum", cfg, tokenizer, 10**6, numbers, False, WARM["batch"])
-        texts = [(prompt, demonstration(entry, rng)) for _, entry, prompt in part]
-        pairs = [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in pair] for pair in texts]
+        pairs = [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, demonstration(entry, rng))]
+                 for _, entry, prompt in part]
         ids = pad([torch.tensor(p + c) for p, c in pairs], True)  # (B, S), padded last, where causal attention never looks
         labels = pad([torch.tensor([-100] * len(p) + c) for p, c in pairs], True, -100)
         F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
@@ -676,7 +652,7 @@ def warm_start(cfg):
 def smoke_model(cfg):
     """The folder with the warm-started model: made once, in about a minute, and cached."""
     require(cfg.task == "chain_sum", f"--smoke: task {cfg.task!r} needs a --model; allowed without one is 'chain_sum'")
-    recipe = repr((WARM, SYSTEM, SIZES, *map(inspect.getsource, (demonstration, smoke_tokenizer, warm_start))))
+    recipe = repr((WARM, SMALL, SYSTEM, SIZES, *map(inspect.getsource, (demonstration, smoke_tokenizer, warm_start))))
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = home / "motg" / f"smoke-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if not folder.exists():
@@ -686,8 +662,7 @@ def smoke_model(cfg):
     return folder
 # ------------------------------------------------------------------------------------------------ 10. probes
 def step_probes(r):
-    """Means over thinking steps: entropy of p, entropy (in nats) and Gini-Simpson 1 - sum w^2 of the weights; over chains:
-    distinct tokens considered, lengths, the share cut off, the share with the tag."""
+    """Means over thinking steps (entropies in nats, Gini-Simpson 1 - sum w^2) and chains (distinct tokens, lengths, shares)."""
     w, mean = r.log_weights.exp(), lambda x: (x * r.thinking).sum().item() / max(1, int(r.thinking.sum()))  # (B, T, k)
     seen = (r.tokens + 1) * (r.thinking[..., None] & (w > 0))  # (B, T, k) ids from 1; 0: nothing considered
     ordered = F.pad(seen.flatten(1).sort(dim=1).values, (1, 0))  # (B, 1 + T k)
@@ -698,9 +673,8 @@ def step_probes(r):
                 **{name: value.float().mean().item() for name, value in rows.items()})
 
 def hidden_state_entropy(hidden):
-    """Matrix-based (von Neumann) entropy of hidden states (T, d), in [0, 1] (Giraldo et al. 2014; Skean et al. 2025): with
-    lambda the eigenvalues of K = H H^T / T, H's rows normalised, so trace 1: -sum lambda log lambda / log min(T, d). From
-    (..., T, d), a tensor (...). One state has entropy 0."""
+    """Matrix-based (von Neumann) entropy of hidden states (..., T, d), in [0, 1] (Giraldo et al. 2014; Skean et al. 2025):
+    lambda the eigenvalues of H H^T / T, H's rows normalised: -sum lambda log lambda / log min(T, d). Of one state, 0."""
     H, (T, d) = F.normalize(hidden.double(), dim=-1), hidden.shape[-2:]
     gram = H @ H.mT if T <= d else H.mT @ H  # of both, the non-zero eigenvalues are the same
     entropy = torch.special.entr(torch.linalg.eigvalsh(gram / T).clamp(min=0)).sum(-1) / math.log(max(min(T, d), 2))
@@ -708,8 +682,7 @@ def hidden_state_entropy(hidden):
 
 @torch.no_grad()
 def hidden_probes(model, r, cfg, window=8):
-    """Hidden-state entropy of the thoughts: a mean for each layer (embeddings first), and a curve over the thinking steps:
-    at step t, that of the last layer over the `window` steps up to t."""
+    """Hidden-state entropy of the thoughts, by layer (embeddings first), and the last layer's over each `window` of steps."""
     layers, curve = [], collections.defaultdict(list)
     for row in (r.thinking.sum(1) > 1).nonzero():
         one = r.select(row)
@@ -759,8 +732,7 @@ def readable(r, row, tokenizer):
 
 def collect(sampler, tokenizer, cfg, step, generator):
     """A step's experience: the Rollout, its advantages (B,), and what to log."""
-    counts.clear()
-    generator.manual_seed(cfg.seed * 1_000_003 + step + 1)  # the step number is all the random state there is
+    counts.clear(), generator.manual_seed(cfg.seed * 1_000_003 + step + 1)  # the step number is all the random state there is
     part = [train_problem(cfg, tokenizer, step * cfg.prompts_per_step + j) for j in range(cfg.prompts_per_step)]
     r = rollout(sampler, tokenizer, [prompt for _, _, prompt in part], cfg, generator)
     parts = [rewards(part[row // cfg.chains], text) for row, text in enumerate(r.texts)]
@@ -771,12 +743,10 @@ def collect(sampler, tokenizer, cfg, step, generator):
     return r, group_advantages(reward).flatten(), log
 
 def micro_batches(r, cfg):
-    """Row numbers, cut so that the tokens of a part, padding included, are about `cfg.micro_tokens`. Whole groups where
-    that is possible, since the chains of a prompt share its pass; else parts of a group, of similar length."""
-    P, n, G = int(r.prompt_mask.sum(1).max()), r.mask.sum(1), cfg.chains  # n: (B,)
-    groups = cfg.micro_tokens // (P + G * int(n.max()))
-    order = (torch.arange(len(n), device=n.device) // G * cfg.max_new_tokens + n).argsort()
-    return order.split(groups * G or max(1, (cfg.micro_tokens - P) // int(n.max())))
+    """Rows in parts of about `cfg.micro_tokens`: whole groups, which share a prompt; where none fits, parts, by length."""
+    n, P, T, G = r.mask.sum(1), r.prompt_mask.shape[1], r.mask.shape[1], cfg.chains  # n: (B,)
+    order = (torch.arange(len(n), device=n.device) // G * (T + 1) + n).argsort()  # by group, then by length
+    return order.split(cfg.micro_tokens // (P + G * T) * G or max(1, (cfg.micro_tokens - P) // T))
 
 def update(policy, reference, optimizer, batch, cfg, number):
     """Optimiser update `number` on a batch of (Rollout, advantages, _); a non-finite loss or gradient skips it."""
@@ -788,8 +758,7 @@ def update(policy, reference, optimizer, batch, cfg, number):
             with torch.no_grad(): ref = rollout_logprobs(reference, part, cfg) if reference is not None else None
             logprob = rollout_logprobs(policy, part, cfg)
             loss, stats = grpo_loss(logprob, part.logprob, ref, advantages[rows], part.sampled, cfg, chains, tokens)
-            loss.backward()
-            log.update(stats)
+            loss.backward(), log.update(stats)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip).item()
     lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1, (number + 1) / max(1, cfg.warmup * cfg.steps / cfg.accumulate))
     if finite := math.isfinite(norm) and math.isfinite(log["loss"]): optimizer.step()
@@ -879,8 +848,7 @@ def evaluation(configs) -> int:
         print(f"{task:18}" + "".join(f"{cfg.method:>20}" for cfg in configs))
         for name in [n for n in rows[0] if n not in vars(configs[0]) and isinstance(rows[0][n], (int, float))]:
             print(f"  {name:16}" + "".join(f"{row[name]:20.3f}" for row in rows), flush=True)
-        old = json.loads(path.read_text()) if path.exists() else []
-        write_whole(path, json.dumps(old + rows, indent=1))  # earlier evaluations stay
+        write_whole(path, json.dumps((json.loads(path.read_text()) if path.exists() else []) + rows, indent=1))  # old ones stay
     print(f"written to {path}")
     return 0
 
@@ -901,7 +869,6 @@ def parse(argv):
     return vars(given).pop("command"), vars(given)
 
 FREE = {"steps", "eval_every", "eval_problems", "save_every", "micro_tokens", "checkpoint_activations", "out", "resume"}
-
 def main(argv=None) -> int:
     """The command line; returns the exit status."""
     try:

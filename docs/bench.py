@@ -147,15 +147,27 @@ def decode(shape, model, chains, prompt, new, repeats):
              "steps, times generate": ratio(step["generate"], step[name])[0]} for name in runs]
 
 def mixing(shape, model, chains, prompt, new, repeats):
-    """Extra time over `single`, whole rollouts."""
-    case = build(shape, model)
-    runs = {("single", 1): sampler(case, "single", chains, prompt, new)}
-    runs |= {(m, k): sampler(case, m, chains, prompt, new, k=k)
-             for m in ("dirichlet", "different-tokens") for k in (1, 2, 4, 8)}
-    t = take_turns(runs, repeats)
-    more = {name: ratio(t[name], t["single", 1]) for name in runs}
-    return [{"method": m, "k": k, "ms a step": 1e3 * median(t[m, k]) / new, "extra %": 100 * more[m, k][0] - 100,
-             "+-": 100 * more[m, k][1]} for m, k in runs]
+    """Extra time of a decoding step over `single`. They take turns step by step: a round's ratio is that of the medians."""
+    net, tokenizer = build(shape, model)
+    ids, generator = tokenizer([prompt_of(tokenizer, prompt)], add_special_tokens=False).input_ids, torch.Generator(net.device)
+    cases, net.decoder = [("single", 1), *((m, k) for m in ("dirichlet", "different-tokens") for k in (1, 2, 4, 8))], None
+    net.set_attn_implementation("motg")
+    with torch.no_grad() if CUDA else torch.inference_mode():
+        decoders = {(m, k): motg.Decoder(net, tokenizer, motg.make_config(m, k=k, max_new_tokens=new), chains, prompt + new,
+                                         generator) for m, k in cases}
+        t = {case: [] for case in cases}
+        for i in range(repeats + 1):  # the first round warms up
+            steps = {case: [] for case in cases}
+            for d in decoders.values():
+                d.start(ids)
+            for n in range(new):
+                for case in cases[:: 1 if n % 2 else -1]:
+                    steps[case].append(timed(lambda: decoders[case].run(n))[0])
+            for case in cases[: len(cases) * (i > 0)]:
+                t[case].append(median(steps[case]))
+    more = {case: ratio(t[case], t["single", 1]) for case in cases}
+    return [{"method": m, "k": k, "ms a step": 1e3 * median(t[m, k]), "extra %": 100 * more[m, k][0] - 100,
+             "+-": 100 * more[m, k][1]} for m, k in cases]
 
 def growth(shape, model, chains, prompt, new, repeats):
     """`dirichlet` with more chains, and longer; whole rollouts."""
@@ -181,8 +193,7 @@ def training(shape, model, chains, prompt, new, repeats):
         took, r = timed(lambda: motg.rollout(net, tokenizer, prompts, cfg, generator))
         s = dict(rollout=took, reference=0.0, forward=0.0, backward=0.0)
         advantages = motg.group_advantages(torch.randn(n, cfg.chains, device=policy.device)).flatten()
-        length = r.prompt_mask.sum(1) + r.mask.sum(1)  # (B,) micro-batches as in update()
-        for rows in length.argsort().split(max(1, cfg.micro_tokens // int(length.max()))):
+        for rows in motg.micro_batches(r, cfg):
             part = r.select(rows)
             with torch.no_grad():
                 took, ref = timed(lambda: motg.rollout_logprobs(reference, part, cfg))
