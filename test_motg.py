@@ -364,7 +364,7 @@ def check_rollout(r, tokenizer, cfg):
     assert (r.mask == (torch.arange(T) < n[:, None])).all() and not ((r.sampled | r.thinking) & ~r.mask).any()
     assert ((r.logprob == 0) | r.sampled).all() and r.logprob.isfinite().all()
     assert ((r.tokens == r.representative[..., None]) & used).any(-1)[r.mask].all()  # the representative was mixed
-    assert (used.sum(-1) == 1)[r.mask & (~r.thinking | ~r.sampled)].all()  # answers and forced tags are one-hot
+    assert (used.sum(-1) == 1)[~r.mask | ~r.thinking | ~r.sampled].all()  # answers, forced tags and padding are one-hot
     stops = set(tokenizer.convert_tokens_to_ids(["<eos>", "<end>"]))
     for b, ids in enumerate(row[:m].tolist() for row, m in zip(r.representative, n)):
         assert not stops & set(ids[:-1]) and (ids[-1] in stops or len(ids) == cfg.max_new_tokens)  # the first EOS ends the row
@@ -411,6 +411,53 @@ def test_the_decoder_equals_plain_decoding_without_a_cache(small, method):
             thinking, x = thinking and not closes, torch.cat([x, motg.mixture_embedding(table, *m[:2]).detach()])
             closed += closes
     assert closed > 2 or cfg.sampling == "top-k"
+
+def test_ended_rows_are_dropped_and_the_others_go_on_as_they_would(small):
+    """Greedy, so that the draws that dropped rows no longer make do not matter."""
+    model, tokenizer = small
+    cfg, longest = config("single", temperature=1e-6, chains=1, max_new_tokens=12), 0
+    for prompts in itertools.combinations(PROMPTS, 3):
+        r, left = motg.rollout(model, tokenizer, list(prompts), cfg, seeded(0)), len(model.decoder.row)
+        n = r.mask.sum(1)
+        assert left == len(model.decoder.logits) == len(model.decoder.layers[0][0]) and left >= int((n == n.max()).sum())
+        longest += left < 3
+        for row, prompt in enumerate(prompts):
+            alone = motg.rollout(model, tokenizer, [prompt], cfg, seeded(1))
+            assert torch.equal(r.tokens[row][r.mask[row]], alone.tokens[0]) and r.texts[row] == alone.texts[0]
+            assert torch.allclose(r.logprob[row][r.mask[row]], alone.logprob[0], atol=1e-4)
+    assert longest
+
+@cases("method,end", product(METHODS, ENDS))
+def test_a_decoding_step_reads_no_value_of_a_tensor(method, end, small):
+    """On the device `meta` tensors have a shape and a type and no values: code that asks for one, which on a GPU would wait
+    for it and could not be recorded as a graph, raises there. The model is bf16, as on a GPU: what is scored is float32."""
+    model, tokenizer = small
+    cfg = config(method, end=end, end_steps=4, chains=3, max_new_tokens=8)
+    d = motg.Decoder(copy.deepcopy(model).bfloat16().to("meta"), tokenizer, cfg, 6, 20, None)
+    with torch.no_grad():
+        d.start([[1, 2, 3], [4, 5]])
+        d.run(0)
+        before = {n: v for n, v in vars(d).items() if isinstance(v, torch.Tensor)}
+        d.run(1)
+    assert all(v.device.type == "meta" for v in d.record.values()) and d.logits.dtype == torch.bfloat16
+    assert {v.dtype for n, v in d.record.items() if n in ("log_weights", "logprob", "entropy")} == {torch.float32}
+    assert all(getattr(d, name) is tensor for name, tensor in before.items())  # a recorded graph goes on using these
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        d.drop_ended()  # which does ask
+
+def test_bf16_touches_neither_softmax_nor_scores(small, monkeypatch):
+    """What CUDA does, on the CPU: a bf16 copy samples, autocast scores and gives its gradient to the float32 weights."""
+    (model, tokenizer), autocast = small, torch.autocast
+    cfg = config("dirichlet", chains=4, max_new_tokens=12)
+    r = motg.rollout(copy.deepcopy(model).bfloat16(), tokenizer, PROMPTS, cfg, seeded(0))
+    assert {r.logprob.dtype, r.log_weights.dtype, r.entropy.dtype} == {torch.float32}
+    want = motg.rollout_logprobs(model, r, cfg)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: autocast("cpu", dtype=torch.bfloat16))
+    got = motg.rollout_logprobs(model, r, cfg)
+    assert got.dtype == torch.float32 and not torch.equal(got, want)
+    assert torch.allclose(got, want, atol=0.15) and torch.allclose(r.logprob, want, atol=0.15)
+    for p, x, y in zip(model.parameters(), *(torch.autograd.grad(v.sum(), model.parameters()) for v in (got, want))):
+        assert x.dtype == p.dtype == torch.float32 and (x - y).norm() < 0.1 * y.norm()
 
 COMBINATIONS = [config(m, chains=3, max_new_tokens=12) for m in METHODS]
 for end, sampling, aggregation, logprob in product(ENDS, SAMPLING, WEIGHTS, LOGPROBS):
@@ -558,6 +605,23 @@ def test_update_is_the_gradient_of_the_whole_batch_whatever_the_micro_batch(smal
     for log, step in runs:
         assert (step - grad).norm() < 2e-3 * grad.norm() and log["grad_norm"] == pytest.approx(grad.norm().item(), rel=1e-3)
         assert log["loss"] == pytest.approx(loss.item(), abs=1e-3) and log["kl"] == pytest.approx(kl, rel=1e-3, abs=1e-6)
+
+def test_an_update_reads_each_prompt_once_for_the_chains_beside_it(small):
+    """Tokens that the first layer sees, for micro-batches of all groups, of one group, of parts of a group."""
+    (model, tokenizer), seen = small, []
+    cfg = dict(chains=6, max_new_tokens=10, end="steps", end_steps=9)  # every row has all ten steps, or its EOS
+    r = motg.rollout(model, tokenizer, PROMPTS, config(**cfg), seeded(3))
+    (B, P), T = r.prompt_mask.shape, r.mask.shape[1]
+    handle = model.base_model.layers[0].register_forward_hook(lambda layer, args, out: seen.append(args[0].shape[:2]))
+    for budget, prompts, rows in ((10**6, 4, 24), (P + 6 * T, 1, 6), (P + 2 * T, 1, 2), (1, 1, 1)):
+        seen.clear()
+        parts = motg.micro_batches(r, config(**cfg, micro_tokens=budget))
+        assert sorted(torch.cat(parts).tolist()) == list(range(B)) and max(map(len, parts)) == rows
+        for part in parts:
+            motg.rollout_logprobs(model, r.select(part), config(**cfg))
+        assert [n for n, _ in seen[0::2]] == [prompts] * (24 // rows) and [n for n, _ in seen[1::2]] == [rows] * (24 // rows)
+        assert all(a[0] * a[1] + b[0] * b[1] <= max(budget, P + T) for a, b in zip(seen[0::2], seen[1::2]))
+    handle.remove()
 
 def test_a_large_vocabulary_is_scored_in_chunks_with_the_same_values_and_gradients():
     tokenizer, found = small_tokenizer(), []  # with 2^20 tokens the float32 logits of 40 steps are 160 MiB
@@ -908,6 +972,24 @@ def test_one_loss_that_is_not_finite_is_skipped_and_three_stop_the_run(bad, fold
     assert flat(transformers.AutoModelForCausalLM.from_pretrained("out/checkpoint").parameters()).isfinite().all()
 
 # ------------------------------------------------------------------------------------------ 12 models as from the hub
+
+@cases("setting,threads", [(None, 1), ("2", 2)])
+def test_a_small_model_runs_on_one_thread_unless_the_user_says_otherwise(setting, threads, folder, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", setting) if setting else monkeypatch.delenv("OMP_NUM_THREADS")
+    try:
+        torch.set_num_threads(2)
+        motg.load_model(config(model=folder, smoke=True))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
+
+def test_the_smoke_prompt_is_chatml_in_few_tokens():
+    tokenizer = motg.smoke_tokenizer()  # Jinja drops a newline that ends a template; the prompt was twice as long without it
+    (_, entry, prompt), = stream("chain_sum", config(smoke=True), tokenizer, 1, 3, False)[:1]
+    assert prompt == (f"<|im_start|>system\n{motg.SYSTEM}<|im_end|><|im_start|>user\n{entry['question']}<|im_end|>"
+                      "<|im_start|>assistant\n<think>\n")
+    ids = tokenizer(prompt)["input_ids"]
+    assert tokenizer.decode(ids) == prompt and len(ids) < 20
 
 @cases("family", ["Qwen2", "Llama", "Qwen3"])
 def test_training_and_evaluating_a_model_folder(family):
