@@ -291,7 +291,7 @@ class Decoder:
         self.slot0, self.t, (self.position, self.matched, self.streak, self.forced) = slots == 0, zeros(1), zeros(4, rows)
         self.thinking, self.live = zeros(2, rows, dtype=torch.bool)
     def update(self, k, v, layer):
-        """A step's keys and values (B, heads, 1, D) go to each row's position."""
+        """Writes a step's keys and values (B, heads, 1, D) to each row's position; returns all that are visible."""
         for cache, new in zip(self.layers[layer], (k, v)):
             cache[torch.arange(len(new), device=new.device), :, self.position] = new[:, :, 0]
         return [cache[:, :, : self.visible] for cache in self.layers[layer]]
@@ -401,7 +401,7 @@ def completion_hidden(model, r, cfg, every_layer=False):
     embeds = torch.cat([F.embedding(r.prompt_ids[:, -1:], table), steps[:, :-1]], dim=1)  # (B, T, d) what precedes each step
     before, own = length[rows] - 1, (slots >= P) & (slots <= P + slots[:T, None])  # (B, 1) earlier tokens; (T, P + T)
     mask = (slots < before)[:, None, None] | own  # (B, 1, T, P + T)
-    behind = lambda k, v, layer: [torch.cat([prompt[rows], own], 2) for prompt, own in zip(kept[layer], (k, v))]
+    behind = lambda k, v, layer: [torch.cat([prompt[rows], new], 2) for prompt, new in zip(kept[layer], (k, v))]
     out = read(model, embeds, before + slots[:T], mask, behind, output_hidden_states=every_layer)
     return torch.stack(out.hidden_states if every_layer else [out.last_hidden_state])
 

@@ -7,7 +7,7 @@ It measures a model of that shape with random weights (nothing is downloaded), o
     decode    every method beside transformers' `generate`: same batch, prompt, length, dtype and whole vocabulary
     mixing    what k candidates cost over one           growth    more chains, longer rollouts
     training  one step, split into its parts            memory    log-probs with gradient, chunked against plain
-    threads   how OpenMP waits beside a busy process    floor     the share of the memory bandwidth reached (CUDA)
+    threads   OpenMP alone and beside a busy process    floor     the share of the memory bandwidth reached (CUDA)
 What is compared takes turns, round after round, so that a disturbance meets all of it: a time is the median over the
 rounds, a ratio the median of the rounds' ratios, `+-` half the range of their middle half. Every section runs in a fresh
 process. No row ends early: for both sides the only EOS id is -1. A step of motg is the same work in a thought and in an
@@ -248,16 +248,19 @@ def small_work(repeats):
     return [median(t) for t in take_turns({0: lambda: [a @ b for _ in range(100)], 1: rollout}, repeats).values()]
 
 def threads(repeats, **_):
-    """A (10 x 256) @ (256 x 1024) product and a smoke decoding step, ms on the CPU, while one other process is busy."""
-    busy, rows = subprocess.Popen([sys.executable, "-c", "while True: pass"]), []
-    try:
-        for n, policy in ((2, None), (2, "active"), (2, "passive"), (1, None)):
-            env = dict(OMP_NUM_THREADS=str(n), OMP_WAIT_POLICY=policy, CUDA_VISIBLE_DEVICES="")
-            product, rollout = fresh(small_work, env, repeats=repeats)
-            rows.append({"threads": n, "OMP_WAIT_POLICY": policy or "unset", "product ms": 10 * product,
-                         "step ms": 1e3 / 16 * rollout})
-    finally:
-        busy.kill()
+    """A (10 x 256) @ (256 x 1024) product and a smoke decoding step, ms on the CPU, alone and beside one busy process."""
+    rows = []
+    for beside in (0, 1):
+        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(beside)]
+        try:
+            for n, policy in ((2, None), (2, "active"), (2, "passive"), (1, None)):
+                env = dict(OMP_NUM_THREADS=str(n), OMP_WAIT_POLICY=policy, CUDA_VISIBLE_DEVICES="")
+                product, rollout = fresh(small_work, env, repeats=repeats)
+                rows.append({"busy processes": beside, "threads": n, "OMP_WAIT_POLICY": policy or "unset",
+                             "product ms": 10 * product, "step ms": 1e3 / 16 * rollout})
+        finally:
+            for process in busy:
+                process.kill()
     return rows
 
 def floor(shape, model, chains, prompt, new, repeats):
