@@ -94,7 +94,7 @@ METHODS = {
     "multiplex": dict(sampling="with-replacement", aggregation="probability", logprob="exact"),
     "soft-grpo": dict(aggregation="gumbel", logprob="exact")}
 SMOKE = dict(model="", task="chain_sum", chains=8, prompts_per_step=16, accumulate=1, steps=80, max_prompt_tokens=64,
-             max_new_tokens=40, lr=5e-5, micro_tokens=1024, grad_clip=1.0, kl_beta=0.01, eval_problems=256, save_every=40)
+             max_new_tokens=40, lr=3e-5, micro_tokens=1024, grad_clip=1.0, kl_beta=0.01, eval_problems=256, save_every=40)
 DRAWN = ("without-replacement", "with-replacement")  # rules whose candidates are drawn; the first is a sample from p
 
 def check_name(what, name, known):
@@ -394,7 +394,7 @@ def completion_hidden(model, r, cfg, every_layer=False):
     """Hidden states (layers, B, T, d) that predicted each completion step, of the last layer alone or of all, embeddings
     first. Two passes: each distinct prompt, then, behind them, all chains; a prompt's gradient arrives through its keys."""
     table, P, T = model.get_input_embeddings().weight, r.prompt_ids.shape[1], r.mask.shape[1]
-    prompts, rows = r.prompt_ids.masked_fill(~r.prompt_mask, -1).unique(dim=0, return_inverse=True)  # (n, P), (B,)
+    prompts, rows = r.prompt_ids.masked_fill(~r.prompt_mask.bool(), -1).unique(dim=0, return_inverse=True)  # (n, P), (B,)
     length, slots = (prompts >= 0).sum(1, keepdim=True), torch.arange(P + T, device=table.device)  # (n, 1), (P + T,)
     _, kept = read_prompts(model, prompts.gather(1, (slots[:P] + P - length).clamp(max=P - 1)))  # moved left, padding last
     steps = mixture_embedding(table, r.tokens, r.log_weights, cfg.aggregation)  # (B, T, d)
