@@ -26,7 +26,8 @@ transformers.logging.set_verbosity_error()
 CUDA = torch.cuda.is_available()
 SHAPES = {name: dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                           "intermediate_size", "vocab_size"), numbers)) for name, numbers in {
-    "smoke": (128, 3, 4, 2, 256, 0), "small": (256, 6, 4, 2, 1024, 32000),  # 0: the smoke tokenizer's own
+    "smoke": (128, 3, 4, 2, 256, 0), "smoke-0.75m": (128, 3, 4, 2, 512, 0),  # 0: the smoke tokenizer's own
+    "small": (256, 6, 4, 2, 1024, 32000),
     "qwen2.5-0.5b": (896, 24, 14, 2, 4864, 151936), "qwen2.5-1.5b": (1536, 28, 12, 2, 8960, 151936),
     "wide": (64, 1, 4, 2, 128, 151936)}.items()}  # the last one is section `memory`'s
 
