@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
-
 transformers.utils.logging.disable_progress_bar()
 INF, TAG, recompute = math.inf, "</think>", functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
@@ -40,9 +39,8 @@ def refusing(message, error=UserError):
     try: yield
     except Exception as e: raise error(f"{message} ({(str(e).strip() or repr(e)).splitlines()[0][:150]})") from None
 # ------------------------------------------------------------------------------------------------ 1. settings
-def opt(group, default, help, allowed=None):
-    """One setting: its --help group, default and text, and what is allowed: (least, most), inclusive, or words."""
-    return field(default=default, metadata=dict(group=group, help=help, allowed=allowed))
+# One setting: its --help group, default and text, and what is allowed: (least, most), inclusive, or words.
+opt = lambda group, default, help, allowed=None: field(default=default, metadata=dict(group=group, help=help, allowed=allowed))
 
 @dataclass
 class Config:
@@ -254,8 +252,7 @@ class Rollout:
         return Rollout(texts=[], **cut)
 
 def grouped_attention(module, q, k, v, mask, scaling=None, **_):
-    """softmax(q k^T) v for transformers, (B, heads, Q, D) -> (B, Q, heads, D). In a decoding step the query heads that
-    share a key head become rows of one head: its keys are read once and not copied for each."""
+    """softmax(q k^T) v, (B, heads, Q, D) -> (B, Q, heads, D). In a step, query heads that share keys are rows of one head."""
     B, H, Q, D = q.shape
     if Q == 1: q = q.reshape(B, k.shape[1], -1, D)
     else: k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))  # which every fused kernel takes
@@ -288,12 +285,13 @@ class Decoder:
         self.tag_ids, self.eos_ids = (torch.tensor(i, device=model.device) for i in (
             tokenizer(TAG, add_special_tokens=False)["input_ids"], sorted(eos)))
         self.row, slots = (torch.arange(n, device=model.device) for n in (rows, cfg.k))  # (B,) where a row is recorded
+        self.index, self.only0 = self.row, torch.where(slots == 0, 0.0, -INF)  # (B,) rows of the cache; (k,) a token's log w
         self.slot0, self.t, (self.position, self.matched, self.streak, self.forced) = slots == 0, zeros(1), zeros(4, rows)
         self.thinking, self.live = zeros(2, rows, dtype=torch.bool)
     def update(self, k, v, layer):
         """Writes a step's keys and values (B, heads, 1, D) to each row's position; returns all that are visible."""
         for cache, new in zip(self.layers[layer], (k, v)):
-            cache[torch.arange(len(new), device=new.device), :, self.position] = new[:, :, 0]
+            cache[self.index, :, self.position] = new[:, :, 0]
         return [cache[:, :, : self.visible] for cache in self.layers[layer]]
     def start(self, ids):
         """Read each prompt once, share its keys out to its chains; logits (B, V) for its last token alone."""
@@ -332,14 +330,15 @@ class Decoder:
         ends = (y[:, None] == self.eos_ids).any(-1) & live & ~force
         one_hot = (~thinking | closes | ends | force | ~live)[:, None]  # (B, 1)
         tokens = torch.where(one_hot, y[:, None] * self.slot0, m.tokens)  # (B, k)
-        log_w = torch.where(one_hot, torch.where(self.slot0, 0.0, -INF), m.log_weights)  # (B, k)
+        log_w = torch.where(one_hot, self.only0, m.log_weights)  # (B, k)
         score = mixture_logprob(self.logits, tokens, log_w, y, cfg, log_p)  # (B,)
-        for name, value in dict(tokens=tokens, log_weights=log_w, representative=y, mask=live, sampled=live & ~force,
-                                thinking=thinking & live, eos=ends, entropy=entropy * live,
-                                logprob=score.masked_fill(force | ~live, 0.0)).items():
+        for name, value in dict(
+                tokens=tokens, log_weights=log_w, representative=y, mask=live, sampled=live & ~force, eos=ends,
+                thinking=thinking & live, entropy=entropy * live, logprob=score.masked_fill(force | ~live, 0.0)).items():
             if name not in self.record:
                 self.record[name] = value.new_zeros(self.rows, cfg.max_new_tokens, *value.shape[1:])
-            self.record[name][self.row, self.t] = value
+            if self.row is self.index: self.record[name].index_copy_(1, self.t, value[:, None])  # no row was dropped: faster
+            else: self.record[name][self.row, self.t] = value
         thinking.logical_and_(~closes), live.logical_and_(~ends)
         self.matched.copy_(matched % len(TAG)), self.t.add_(1)
         return mixture_embedding(self.table, tokens, log_w, cfg.aggregation)[:, None]
@@ -353,6 +352,7 @@ class Decoder:
         self.layers = {i: [cache[self.live] for cache in pair] for i, pair in self.layers.items()}
         for name in ("row", "position", "matched", "streak", "forced", "thinking", "logits", "live"):  # `live` last
             setattr(self, name, getattr(self, name)[self.live])
+        self.index = torch.arange(len(self.row), device=self.row.device)
     def run(self, t):
         """Step t. On CUDA steps see multiples of 256 slots; the second of a kind is recorded, and replayed from then on."""
         self.visible = min(self.length, -(-(self.longest + t + 1) // 256) * 256) if self.cuda else self.longest + t + 1
