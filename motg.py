@@ -388,7 +388,7 @@ def rollout(model, tokenizer, prompts: list[str], cfg, generator=None) -> Rollou
     left = torch.tensor([[-1] * (P - len(i)) + i for i in ids], device=model.device).repeat_interleave(cfg.chains, dim=0)
     return Rollout(prompt_ids=left.clamp(min=0), prompt_mask=left >= 0, texts=texts, **r)
 # ------------------------------------------------------------------------------------------------ 5. log-probabilities
-# The same numbers as while sampling, from one pass over whole rows and with gradient. What would cost memory is the
+# The same numbers as while sampling, all steps of a row in parallel and with gradient. What would cost memory is the
 # logits, (B, T, V) in float32: they exist a few positions at a time, and again in the backward pass.
 def completion_hidden(model, r, cfg, every_layer=False):
     """Hidden states (layers, B, T, d) that predicted each completion step, of the last layer alone or of all, embeddings
