@@ -285,8 +285,9 @@ def test_exact_density_of_drawn_weights_against_torch_distributions():
 @cases("settings", [dict(), dict(logprob="weighted"), dict(logprob="exact"), dict(aggregation="gumbel", logprob="exact"),
                     dict(sampling="without-replacement", logprob="exact"), dict(sampling="with-replacement", logprob="exact")])
 def test_empty_slots_change_nothing_and_one_filled_slot_is_a_token(settings):
-    padded = scored([[0, 3, 0, 2]], [[0.3, 0.7, 0.0, 0.0]], **settings)
-    assert torch.allclose(scored([[0, 3]], [[0.3, 0.7]], **settings), padded, atol=1e-5)
+    if settings.get("sampling") not in ("without-replacement", "with-replacement"):  # those leave no slot empty
+        padded = scored([[0, 3, 0, 2]], [[0.3, 0.7, 0.0, 0.0]], **settings)
+        assert torch.allclose(scored([[0, 3]], [[0.3, 0.7]], **settings), padded, atol=1e-5)
     for slot, token in enumerate(tokens := [4, 1, 2, 3]):
         assert scored([tokens], torch.eye(4)[slot, None], [token], **settings).item() == pytest.approx(math.log(softmax()[token]), rel=1e-5)
 
@@ -424,7 +425,7 @@ def test_advantages_by_hand():
         mean, std = sum(row) / 4, math.sqrt(sum((x - sum(row) / 4) ** 2 for x in row) / 3)
         assert got == pytest.approx([(x - mean) / (std + 1e-4) for x in row], abs=2e-3)
 
-@cases("average, with_reference", product(["chain", "token", "constant"], [True, False]))
+@cases("average, with_reference", product(["chain", "token"], [True, False]))
 def test_loss_by_hand(average, with_reference):
     new, old, ref = (-2 * torch.rand(4, 6, generator=seeded(s)) for s in range(3))
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0], [1, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]]).bool()
@@ -432,7 +433,7 @@ def test_loss_by_hand(average, with_reference):
     for b, t in mask.nonzero().tolist():
         ratio, log_r = math.exp(new[b, t] - old[b, t]), (ref[b, t] - new[b, t]).item() * with_reference
         gain = min(ratio * A[b], min(max(ratio, 0.8), 1.2) * A[b])
-        count = dict(chain=4 * int(mask[b].sum()), token=int(mask.sum()), constant=4 * 50)[average]
+        count = dict(chain=4 * int(mask[b].sum()), token=int(mask.sum()))[average]
         want += (0.3 * (math.exp(log_r) - log_r - 1) - gain) / count
     loss, _ = motg.grpo_loss(new, old, ref if with_reference else None, torch.tensor(A), mask, cfg)
     assert loss.item() == pytest.approx(want, rel=1e-5)
@@ -479,10 +480,10 @@ def test_step_probes_by_hand(small):
             tokens=[[[1, 2], [2, 3], [4, 0]], [[5, 6], [0, 0], [0, 0]]], thinking=[[1, 1, 0], [1, 0, 0]], mask=[[1, 1, 1], [1, 0, 0]],
             eos=[[0, 0, 1], [0, 0, 0]], entropy=[[1.0, 2.0, 9.0], [3.0, 0.0, 0.0]], texts=["x</think>y", "x"],
             log_weights=torch.tensor([[[0.5, 0.5], [0.9, 0.1], [1.0, 0]], [[1.0, 0], [1, 0], [1, 0]]]).log().tolist()).items():
-        setattr(r, name, value if name == "texts" else torch.tensor(value, dtype=getattr(r, name).dtype))
+        r = r._replace(**{name: value if name == "texts" else torch.tensor(value, dtype=getattr(r, name).dtype)})
     got, h = step_probes(r), lambda *w: -sum(x * math.log(x) for x in w)
     want = dict(entropy=2.0, weight_entropy=(h(0.5, 0.5) + h(0.9, 0.1)) / 3, gini_simpson=(0.5 + 0.18) / 3, think_tokens=1.5,
-                answer_tokens=0.5, distinct_tokens=(3 + 1) / 2, truncated=0.5, tagged=0.5)
+                answer_tokens=0.5, distinct_tokens=(3 + 1) / 2, truncated=0.5)
     assert {n: got[n] for n in want} == pytest.approx(want, abs=1e-5)
 
 
@@ -640,7 +641,7 @@ def test_the_closing_step_is_scored_as_it_was_drawn():
     z, cfg = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log(), config(logprob="exact", temperature=1.0)
     steps = torch.tensor([[0, 1]]), torch.tensor([[0.0, -math.inf]]), torch.tensor([0])
     both, first = torch.tensor([[True, True]]), torch.tensor([[True, False]])
-    score = motg.mixture_logprob(z, *steps, cfg, candidate=both, ending=first)
+    score = motg.mixture_logprob(z, *steps, cfg, candidate=both, event=first)
     assert score.exp().item() == pytest.approx(4 / 7, abs=1e-5)
 
 
@@ -677,7 +678,7 @@ def weights_and_metrics(out):
 def test_a_killed_run_resumes_to_the_same_bits(folder):
     assert run(folder, "straight").wait() == 0
     process = run(folder, "killed")
-    while not os.path.exists("killed/checkpoint/trainer.pt"):
+    while not os.path.exists("killed/trainer.pt"):
         assert process.poll() is None
         time.sleep(0.005)
     process.kill()
@@ -704,7 +705,7 @@ def test_eval_takes_the_runs_settings_and_a_preset_keeps_its_own_k(folder, capsy
     assert run(folder, "out", "--k", "4", "--temperature", "1.0").wait() == 0
     command = ["eval", "--model", "out/checkpoint", "--method", "single,dirichlet"]
     assert motg.main(command) == 0
-    rows = json.loads(pathlib.Path("out/eval.json").read_text())
+    rows = [json.loads(row) for row in open("out/eval.jsonl")]
     assert [(row["k"], row["temperature"]) for row in rows] == [(1, 1.0), (4, 1.0)]
     assert "temperature" in capsys.readouterr().out
 
@@ -722,7 +723,7 @@ def test_no_answer_runs_code_or_hangs(task, answer):
 
 def test_the_source_is_formatted_and_no_longer_than_it_says():
     lines = pathlib.Path(motg.__file__).read_text().splitlines()
-    assert len(lines) <= 1340 and max(map(len, lines)) <= 100  # the goal is 1,100
+    assert len(lines) <= 1100 and max(map(len, lines)) <= 100
 
 
 def test_the_readmes_python_runs():
