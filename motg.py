@@ -193,9 +193,8 @@ def slot_of(tokens, token):
     return torch.arange(tokens.shape[-1], device=tokens.device) == slot
 
 
-# To try a new rule, add a row to SAMPLING or AGGREGATION. `make` makes candidates or weights, and
-# `logprob` is the log-probability of what it drew, None where it draws nothing. Of drawn candidates
-# the first is read; else one drawn from Cat(w), or that of the largest weight.
+# To try a rule, add a row: `make` makes candidates or weights, `logprob` is that of what was drawn
+# (None: nothing). Of drawn candidates the first is read, else one from Cat(w), or the largest.
 Rule = namedtuple("Rule", "make logprob reads_largest", defaults=(None, False))
 
 
@@ -782,8 +781,9 @@ def check_model(model):
     ids = torch.arange(10, device=model.device)[None] % model.config.vocab_size  # (1, 10)
     out, _ = read_prompts(model, ids, ids >= 0, 1)
     want, got = model(ids).logits, model.get_output_embeddings()(out.last_hidden_state)
-    kinds = {*(getattr(model.config, "layer_types", None) or ["full_attention"])}
-    same = torch.allclose(want, got, atol=1e-2, rtol=1e-2) and kinds == {"full_attention"}
+    window, kinds = (getattr(model.config, n, None) for n in ("sliding_window", "layer_types"))
+    full = not window and {*(kinds or ())} <= {"full_attention"}
+    same = full and torch.allclose(want, got, atol=1e-2, rtol=1e-2)
     require(same, f"{type(model).__name__}; allowed: full attention, unscaled embeddings and head")
     model.motg_checked = True
 
