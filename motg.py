@@ -152,7 +152,8 @@ def make_config(method="dirichlet", **overrides) -> Config:
         elif f.type in (int, float):
             least = 0 if f.default == 0 or f.name in OR_ZERO else f.type(1e-6) or 1
             most = LARGEST.get(f.name, 10**9)
-            require(least <= value <= most, f"{f.name} = {value}; allowed: {least} to {most}")
+            ok = type(value) in (int, float) and least <= value <= most
+            require(ok, f"{f.name} = {value!r}; allowed: {least} to {most}")
     require(cfg.task in reasoning_gym.factory.DATASETS, f"Reasoning-Gym has no task {cfg.task!r}")
     require(method != "single" or cfg.k == 1, f"k = {cfg.k}; allowed: 1, for the method single")
     return cfg
@@ -231,10 +232,10 @@ def draws_logprob(log_p, tokens, cfg):
 
 
 def dirichlet(log_hat, cfg, generator=None):
-    """log w + constant, w ~ Dir(c p^). c -> inf: w = p^; c -> 0: one token drawn from p^."""
+    """log w + constant, w ~ Dir(c p^): c -> inf gives p^, c -> 0 one token drawn from p^. Made of
+    log Gamma(a) draws, as log Gamma(a + 1) + log(U) / a, for which no a is too small."""
     a = cfg.concentration * log_hat.exp().clamp(min=1e-5)  # (B, k) for float32 has an end
     minus_log_u = torch.empty_like(a).exponential_(generator=generator)
-    # normalised Gamma(a) draws, as log Gamma(a + 1) + log(U) / a, for which no a is too small
     return torch._standard_gamma(a + 1, generator).log() - minus_log_u / a
 
 
@@ -286,7 +287,6 @@ def posterior(log_hat, log_p, read, cfg):
 def sample_mixture(logits, cfg, generator=None) -> Mixture:
     """One thinking step: logits (B, V) to candidates, weights and the token that is read."""
     log_p = token_distribution(logits, cfg.temperature)  # (B, V)
-    require(cfg.k <= log_p.shape[1], f"k = {cfg.k}; the vocabulary allows {log_p.shape[1]}")
     sampling, aggregation = SAMPLING[cfg.sampling], AGGREGATION[cfg.aggregation]
     tokens, log_pv = sampling.make(log_p, cfg, generator)
     log_hat = log_pv.log_softmax(-1)  # (B, k)
@@ -461,8 +461,7 @@ class Decoder:
         y = torch.where(mixes, m.representative, sample) * live  # (B,) what a reader sees
         y, forced, closes = self.close_thought(y, log_p, entropy)
         eos = torch.isin(y, self.eos_ids) & live & ~forced
-        # All but a step inside a thought is one-hot. If y was read from candidates that follow from
-        # p, they stay in the record, for `exact`; else it was drawn from the vocabulary.
+        # all but a step inside a thought is one-hot; candidates y was read from stay, for `exact`
         goes_on = (mixes & ~(closes | eos | forced))[:, None]  # (B, 1)
         among = (mixes & ~forced)[:, None] & (drawn is None)  # (B, 1)
         tokens = torch.where(goes_on | among, m.tokens, y[:, None])  # (B, k)
@@ -602,7 +601,6 @@ def grpo_loss(logprob, old_logprob, ref_logprob, advantages, mask, cfg, chains=N
 
         ratio = pi / pi_old        k3 = pi_ref / pi - log(pi_ref / pi) - 1 >= 0, unbiased
         loss  = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) + beta k3
-
     With one update a batch the ratio is 1, the clip idles, and the first term is REINFORCE's.
     """
     chains, tokens = chains or len(mask), tokens or max(1, int(mask.sum()))  # of the whole batch
@@ -702,21 +700,22 @@ def rewards(problems, texts):
 
 # -------------------------------------------------------------------------- 9. contained scoring
 # A model's text reaches a task's scorer thousands of times an hour. Nine scorers execute it (eval,
-# or sympy's parse_expr, which is eval too), others hang or die of it. So those see plain arithmetic
-# and lists only, and all run in a child that the kernel ends when it is late, in C code too.
-EVALUATING = "countdown puzzle24 polynomial_multiplication simple_integration n_queens "
-EVALUATING += "intermediate_integration binary_matrix spiral_matrix string_insertion "
-EVALUATING += "number_sorting complex_arithmetic"  # they do not, but find [nan, nan] right
+# or sympy's parse_expr, which is eval too), two find [nan, nan] sorted, others hang or die. So they
+# see plain arithmetic and lists only, and all run in a child that the kernel ends when it is late.
+EVALS = "countdown puzzle24 polynomial_multiplication simple_integration string_insertion n_queens "
+EVALS += "intermediate_integration binary_matrix spiral_matrix number_sorting complex_arithmetic"
 NAME = r"[A-Za-z]_?\d?|pi|sqrt|exp|log|ln|[aA]bs|Rational|a?(sin|cos|tan)h?|cot|sec|csc"
-QUOTED = r"""(?P<quote>['"])(-?[\d.]+|\w)(?P=quote)"""
-PLAIN = rf"((?<![\w'])({NAME})(?![\w'])|{QUOTED}|(?<=\d)[ij]\b|\.(?=\d)|[\s\d\[\],+*/()!-])*"
+PLAIN = rf"""((?<![A-Za-z_])({NAME})(?!\w)|['"](-?[\d.]+|\w)['"]|\.(?=\d)|[\s\d\[\],+*/()!-])*"""
+SMALL = r"\s*(-?\d{1,2}(\.\d+)?|[a-zA-Z]|\(-?\d{1,2}(/\d{1,2})?\))(?!\s*(\*\*|!|[\w.(]))"
+HUGE = rf"\*\*(?!{SMALL})|(\d{{3}}|[^\d\s])\s*!"  # 9**9**9, 999!, 9!!
 
 
 def harmless(task, answer, entry):
     """May this scorer see this answer? '2*x**2 + C' yes, '().__class__' and 'exit()' no."""
     right = (str(entry["answer"]).strip(), *entry["metadata"].get("valid_answers", ()))
-    plain = re.fullmatch(PLAIN, answer, re.ASCII) or task not in EVALUATING.split()
-    return answer.strip() in right or (plain and len(answer) <= max(4096, 4 * len(right[0])))
+    plain = re.fullmatch(PLAIN, answer, re.ASCII) and not re.search(HUGE, answer)
+    seen = plain or task not in EVALS.split()
+    return answer.strip() in right or (seen and len(answer) <= max(4096, 4 * len(right[0])))
 
 
 def score_forever(pipe):
@@ -739,7 +738,7 @@ def score_forever(pipe):
 
 @lru_cache(maxsize=1)
 def scorer():
-    """A pipe to a child that scored a known right answer, forked from a server without CUDA."""
+    """(process, pipe) of a child, forked from a server without CUDA, that scored a sum right."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["reasoning_gym", "transformers.models.auto.modeling_auto"])
     ours, theirs = context.Pipe()
@@ -751,14 +750,14 @@ def scorer():
         ours.send(("chain_sum", entry["answer"], entry))
         verdict = ours.recv()
     require(verdict == 1, f"scoring does not work on this machine: a right answer was {verdict}")
-    return ours
+    return process, ours
 
 
 def score(task, answer, entry) -> float:
     """The task's own score in [0, 1], in about 2 s; 0 where `counts` says why. Raises UserError."""
     if answer is None:
         return 0.0
-    pipe, verdict = scorer(), "died"
+    pipe, verdict = scorer()[1], "died"
     try:
         with suppress(EOFError, OSError):  # the kernel has ended it
             pipe.send((entry["metadata"].get("source_dataset", task), answer, entry))
@@ -791,8 +790,7 @@ def check_model(model):
 def load_model(cfg, name):
     """An fp32 model, on its device, and its tokenizer. Raises UserError for what cannot be used."""
     cuda, small = torch.cuda.is_available(), cfg.smoke and cfg.device == "auto"
-    possible = cuda or cfg.device == "cpu" or small
-    require(possible, "no CUDA GPU; allowed: --smoke for a small model, --device cpu for any")
+    require(cuda or small or cfg.device == "cpu", "no CUDA GPU; allowed: --smoke, or --device cpu")
     with refusing(f"model {str(name)!r} cannot be loaded; allowed: a hub name or a folder"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
@@ -800,6 +798,7 @@ def load_model(cfg, name):
     need = cfg.max_prompt_tokens + cfg.max_new_tokens
     most = getattr(model.config, "max_position_embeddings", need)
     require(need <= most, f"max_prompt_tokens + max_new_tokens = {need}; {name} allows {most}")
+    require(cfg.k <= (V := model.config.vocab_size), f"k = {cfg.k}; allowed: 1 to {V}")
     check_model(model)
     if model.num_parameters() < 10**7 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # waking a thread takes longer than its half of so small a product
@@ -930,7 +929,7 @@ def collect(sampler, tokenizer, cfg, steps, generator):
     parts = rewards([problem for problem in batch for _ in range(cfg.chains)], r.texts)
     reward = torch.tensor([p["reward"] for p in parts], device=r.mask.device).view(-1, cfg.chains)
     log = {"step": steps[0]} | {name: sum(p[name] for p in parts) / len(parts) for name in parts[0]}
-    log |= step_probes(r) | counts
+    log |= step_probes(r) | {"too_long": 0, "refused": 0, "raised": 0, "died": 0} | counts
     equal = (reward == reward[:, :1]).all(1)  # (prompts,) nothing to compare: no gradient
     return r, group_advantages(reward).flatten(), log | {"no_gradient": equal.float().mean().item()}
 
@@ -974,18 +973,18 @@ def train(cfg):
     """The whole method: roll out, reward, compare within groups, update."""
     require(cfg.chains > 1, f"chains = {cfg.chains}; allowed: 2 or more, for GRPO compares them")
     out, config = Path(cfg.out), Path(cfg.out, "config.json")
-    require(cfg.resume == config.exists(), f"{out}: --resume where a run is, and only there")
+    require(cfg.resume == config.exists(), f"out = {cfg.out!r}; allowed: --resume if it has a run")
     scorer()  # raises where scoring does not work
     policy, tokenizer = load_model(cfg, cfg.model or smoke_model(cfg))
     reference = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_beta else None
     adamw = torch.optim.AdamW(policy.parameters(), cfg.lr, (0.9, 0.99), 1e-8, 0.1, fused=True)
     state = load_run(out / "trainer.pt", policy, adamw)
     sampler = copy.deepcopy(policy).requires_grad_(False).to(compute_dtype(policy, cfg))
-    generator = torch.Generator(policy.device)
+    generator, tests = torch.Generator(policy.device), test_problems(cfg, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     config.with_suffix(".new").write_text(json.dumps(asdict(cfg) | {"resume": False}, indent=1))
     config.with_suffix(".new").rename(config)
-    test = partial(evaluate, sampler, tokenizer, cfg, generator, test_problems(cfg, tokenizer))
+    test = partial(evaluate, sampler, tokenizer, cfg, generator, tests)
     if "before" not in state:
         state["before"] = test()["pass@1"]
     bar = tqdm(range(state["step"], cfg.steps, cfg.accumulate), desc=cfg.method, disable=None)
@@ -1009,8 +1008,9 @@ def train(cfg):
             with refusing(f"{out}/trainer.pt was not written; --resume goes on from the last one"):
                 torch.save(state | parts, out / "trainer.new")
                 (out / "trainer.new").rename(out / "trainer.pt")
-    for part in (policy, tokenizer):
-        part.save_pretrained(out / "checkpoint")
+    with refusing(f"{out}/checkpoint was not written; --resume writes it"):
+        policy.save_pretrained(out / "checkpoint")
+        tokenizer.save_pretrained(out / "checkpoint")
     result = asdict(cfg) | {"accuracy_before": state["before"], "accuracy_after": test()["pass@1"]}
     (out / "result.json").write_text(json.dumps(result, indent=1))
     print(f"{out}: accuracy {state['before']:.3f} -> {result['accuracy_after']:.3f}")
@@ -1060,7 +1060,7 @@ def configs_of(command, given):
     of_run = command == "eval" and model.name == "checkpoint"
     path = Path(model.parent if of_run else given.get("out", out), "config.json")
     with refusing(f"{path} is damaged"):
-        run = json.loads(path.read_text()) if path.exists() else {}
+        run = dict(json.loads(path.read_text())) if path.exists() else {}
     methods = methods or run.get("method", "dirichlet")
     theirs, configs = METHODS.get(run.get("method"), {}), []
     for method in methods.split(",") if command == "eval" else [methods]:
