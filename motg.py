@@ -284,9 +284,9 @@ def posterior(log_hat, log_p, read, cfg):
     return w.clamp(min=1e-30).log().masked_fill(log_hat == -INF, -INF)
 
 
-def sample_mixture(logits, cfg, generator=None) -> Mixture:
-    """One thinking step: logits (B, V) to candidates, weights and the token that is read."""
-    log_p = token_distribution(logits, cfg.temperature)  # (B, V)
+def sample_mixture(logits, cfg, generator=None, log_p=None) -> Mixture:
+    """One thinking step: logits (B, V), or their log p, to candidates, weights, the token read."""
+    log_p = token_distribution(logits, cfg.temperature) if log_p is None else log_p  # (B, V)
     sampling, aggregation = SAMPLING[cfg.sampling], AGGREGATION[cfg.aggregation]
     tokens, log_pv = sampling.make(log_p, cfg, generator)
     log_hat = log_pv.log_softmax(-1)  # (B, k)
@@ -454,7 +454,7 @@ class Decoder:
         drawn, weighed = SAMPLING[cfg.sampling].logprob, AGGREGATION[cfg.aggregation].logprob
         log_p = token_distribution(self.logits, cfg.temperature)  # (B, V)
         entropy = entropy_of(log_p)  # (B,)
-        m = sample_mixture(self.logits, cfg, self.generator)
+        m = sample_mixture(self.logits, cfg, self.generator, log_p)
         sample = m.tokens[:, 0] if drawn else draw(log_p, self.generator)  # (B,)
         gate = (entropy >= cfg.mix_entropy) & (self.t < (cfg.mix_steps or cfg.max_new_tokens))
         mixes = self.thinking & live & gate  # (B,) else: an ordinary token
