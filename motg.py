@@ -183,7 +183,7 @@ def gumbel_noise(like, generator=None):
 
 def draw(log_p, generator=None):
     """One token a row from p, (B, V) -> (B,): inverse CDF, in float64: no tail is cut off."""
-    cdf = log_p.exp().double().cumsum(-1)  # (B, V)
+    cdf = log_p.exp().cumsum(-1, dtype=torch.float64)  # (B, V)
     u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device, generator=generator)  # (B, 1)
     return torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
 
@@ -314,9 +314,11 @@ def mixture_embedding(table, tokens, log_weights, aggregation="probability"):
 # step, and of nothing else. Drawn candidates have a probability, drawn weights a density. Where
 # both follow from p, only y ~ Cat(w) is left to chance, and matters only if it ends the thought. So
 # a step's event is recorded: the candidates that, read instead of y, lead to the same next input.
-def mixture_logprob(logits, tokens, log_weights, representative, cfg, candidate=None, event=None):
+def mixture_logprob(
+    logits, tokens, log_weights, representative, cfg, candidate=None, event=None, log_p=None
+):
     """Log-prob (...) of recorded steps (..., k) under the model that gave `logits` (..., V)."""
-    log_p = token_distribution(logits, cfg.temperature)  # (..., V)
+    log_p = token_distribution(logits, cfg.temperature) if log_p is None else log_p  # (..., V)
     log_y = log_p.gather(-1, representative[..., None])[..., 0]  # (...)
     log_pv, filled = log_p.gather(-1, tokens), log_weights > -INF  # (..., k)
     if cfg.logprob == "representative":
@@ -402,9 +404,8 @@ def forward(model, embeds, mask, position, cache, **more):
 def read_prompts(model, ids, mask, chains, **more):
     """Read n distinct prompts (n, P); returns the output and a cache repeated for their chains."""
     cache = transformers.DynamicCache(config=model.config)
-    position = (mask.cumsum(1) - 1).clamp(min=0)  # (n, P)
     embeds = F.embedding(ids, model.get_input_embeddings().weight)  # (n, P, d)
-    out = forward(model, embeds, mask.long(), position, cache, **more)
+    out = forward(model, embeds, mask.long(), (mask.cumsum(1) - 1).clamp(min=0), cache, **more)
     cache.batch_repeat_interleave(chains)
     return out, cache
 
@@ -473,9 +474,14 @@ class Decoder:
         alone = ~(goes_on & among) | (cfg.aggregation == "posterior")  # y shaped the next input
         step = {"tokens": tokens, "log_weights": log_w, "representative": y, "candidate": candidate}
         step["event"] = torch.where(alone, read, candidate & ~ends)
-        logprob = mixture_logprob(self.logits, cfg=cfg, **step).masked_fill(forced | ~live, 0.0)
-        step |= {"logprob": logprob, "entropy": entropy * live, "eos": eos, "mask": live}
-        step |= {"sampled": live & ~forced, "thinking": self.thinking & live}
+        logprob = mixture_logprob(self.logits, cfg=cfg, log_p=log_p, **step)
+        sampled = live & ~forced  # (B,)
+        step |= {
+            "logprob": logprob.masked_fill(~sampled, 0.0),
+            "entropy": entropy * live,
+            "eos": eos,
+        }
+        step |= {"mask": live, "sampled": sampled, "thinking": self.thinking & live}
         for name, x in step.items():
             if name not in self.record:
                 self.record[name] = x.new_zeros(len(x), cfg.max_new_tokens, *x.shape[1:])
@@ -669,9 +675,8 @@ def problems(cfg, tokenizer, stream, items, test):
 
 
 def train_problem(cfg, tokenizer, n):
-    """Problem n < 10^6 of a run: a function of (seed, n), so that nothing has to be remembered."""
-    items = range(n, 10**9, 10**6)  # its own: the first that is short enough and not a test's
-    return next(problems(cfg, tokenizer, 2 + cfg.seed, items, test=False))
+    """Problem n < 10^6 of a run, a function of (seed, n): the first of its items that will do."""
+    return next(problems(cfg, tokenizer, 2 + cfg.seed, range(n, 10**9, 10**6), test=False))
 
 
 def test_problems(cfg, tokenizer):
@@ -862,8 +867,7 @@ def warm_start(steps=500, batch=64, lr=2e-3):
 
 def smoke_model(cfg):
     """The folder of the warm-started model: made once, and kept in the user's cache."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "motg" / "smoke-4"  # counted up with each change of what is made here
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "motg", "smoke-4")
     if not (folder / "done").exists():
         for part in warm_start():
             part.save_pretrained(folder)
