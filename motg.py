@@ -476,12 +476,8 @@ class Decoder:
         step["event"] = torch.where(alone, read, candidate & ~ends)
         logprob = mixture_logprob(self.logits, cfg=cfg, log_p=log_p, **step)
         sampled = live & ~forced  # (B,)
-        step |= {
-            "logprob": logprob.masked_fill(~sampled, 0.0),
-            "entropy": entropy * live,
-            "eos": eos,
-        }
-        step |= {"mask": live, "sampled": sampled, "thinking": self.thinking & live}
+        step |= {"logprob": logprob.masked_fill(~sampled, 0.0), "entropy": entropy * live}
+        step |= {"mask": live, "eos": eos, "sampled": sampled, "thinking": self.thinking & live}
         for name, x in step.items():
             if name not in self.record:
                 self.record[name] = x.new_zeros(len(x), cfg.max_new_tokens, *x.shape[1:])
