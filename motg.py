@@ -374,6 +374,7 @@ def tag_table(tokenizer, vocabulary):
 # read once; its keys and values are then copied to its G chains. A decoding step works in place on
 # preallocated tensors and never asks the GPU for a value, so that CUDA can replay it as one graph.
 STEP = "tokens log_weights representative candidate event thinking mask sampled eos logprob entropy"
+PER_ROW = ("rows", "logits", "visible", "start", "matched", "streak", "forced", "thinking", "live")
 CACHE = "cache" if transformers.__version__ >= "5.24" else "past_key_values"  # it was renamed
 
 
@@ -387,8 +388,7 @@ class Rollout(namedtuple("Rollout", f"prompt_ids prompt_mask {STEP} texts")):
     that the policy chose; eos, the row's last; logprob, as sampled; entropy, H(p) in nats; texts.
     """
 
-    def select(self, rows):
-        """Some rows (a LongTensor), with the padding trimmed; texts are left behind."""
+    def select(self, rows):  # a LongTensor; the padding is trimmed, texts are left behind
         P = max(1, int(self.prompt_mask[rows].sum(1).max()))
         T = max(1, int(self.mask[rows].sum(1).max()))
         ids, mask, *steps = (x[rows] for x in self[:-1])
@@ -431,8 +431,15 @@ class Decoder:
         self.matched, self.streak, self.forced = ids.new_zeros(3, rows)
         self.thinking, self.live = ids.new_ones(2, rows).bool()
         self.t, self.record = ids.new_tensor([0]), {}
+        self.rows = torch.arange(rows, device=ids.device)  # (B,) places in the record
         stops = {"entropy": (cfg.end_entropy, cfg.end_patience), "steps": (INF, cfg.end_steps)}
         self.sharp, self.enough = stops.get(cfg.end, (INF, INF))
+
+    def keep(self, rows):  # a LongTensor of those that go on
+        for name in PER_ROW:
+            setattr(self, name, getattr(self, name)[rows])
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
     def completes_tag(self, tokens):  # (B, n)
         return self.tag_table[self.matched[:, None], tokens] == len(TAG)
@@ -481,7 +488,7 @@ class Decoder:
         for name, x in step.items():
             if name not in self.record:
                 self.record[name] = x.new_zeros(len(x), cfg.max_new_tokens, *x.shape[1:])
-            self.record[name].index_copy_(1, self.t, x[:, None])
+            self.record[name][self.rows, self.t] = x
         self.matched.copy_(self.tag_table[self.matched, y] % len(TAG))
         self.thinking.logical_and_(~closes)
         self.live.logical_and_(~eos)
@@ -514,12 +521,13 @@ def rollout(model, tokenizer, prompts: list[str], cfg, generator=None) -> Rollou
                 step = graph.replay
             if (t % 16 == 15 or not ids.is_cuda) and not decoder.live.any():  # to look is to wait
                 break
-    T = int(decoder.record["mask"].sum(1).max())
-    r = {name: x[:, :T].clone() for name, x in decoder.record.items()}
-    shown = zip(r["representative"].cpu(), (r["mask"] & ~r["eos"]).cpu())
-    texts = [tokenizer.decode(y[i], clean_up_tokenization_spaces=False) for y, i in shown]
+            if t % 8 == 7 and not ids.is_cuda:  # ended rows cost time; a graph cannot shrink
+                decoder.keep(decoder.live.nonzero()[:, 0])
     ids, mask = (x.repeat_interleave(cfg.chains, dim=0) for x in (ids, mask))  # (B, P)
-    return Rollout(ids, mask, texts=texts, **r)
+    r = Rollout(ids, mask, **decoder.record, texts=[]).select(torch.arange(len(ids)).to(ids.device))
+    shown = zip(r.representative.cpu(), (r.mask & ~r.eos).cpu())
+    texts = [tokenizer.decode(y[i], clean_up_tokenization_spaces=False) for y, i in shown]
+    return r._replace(texts=texts)
 
 
 # -------------------------------------------------------------------------- 6. log-probabilities
@@ -585,7 +593,7 @@ def rollout_logprobs(model, rollout, cfg, micro_batch=None):
 
     bf16 = compute_dtype(model, cfg) == torch.bfloat16
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        for _ in range(cfg.weight_passes if torch.is_grad_enabled() else 0):
+        for _ in range(cfg.weight_passes if head.weight.requires_grad else 0):
             log_weights = r.log_weights.masked_scatter(steps[..., None], in_chunks(weights_of_p))
         scores = in_chunks(mixture_logprob)  # (N,)
     return torch.zeros_like(r.logprob).masked_scatter(steps, scores)
@@ -594,8 +602,7 @@ def rollout_logprobs(model, rollout, cfg, micro_batch=None):
 # --------------------------------------------------------------------------------------- 7. GRPO
 def group_advantages(rewards):
     """A = (r - mean) / (std + 1e-4) within each group: (prompts, G) -> (prompts, G)."""
-    mean, std = rewards.mean(-1, keepdim=True), rewards.std(-1, keepdim=True)
-    return (rewards - mean) / (std + 1e-4)
+    return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)
 
 
 def grpo_loss(logprob, old_logprob, ref_logprob, advantages, mask, cfg, chains=None, tokens=None):
@@ -942,8 +949,7 @@ def update(policy, reference, optimizer, r, advantages, cfg, lr):
     size = groups * cfg.chains or max(1, (cfg.micro_tokens - P) // T)
     for rows in torch.arange(chains, device=r.mask.device).split(size):
         part = r.select(rows)
-        with torch.no_grad():
-            ref = rollout_logprobs(reference, part, cfg) if reference else None
+        ref = rollout_logprobs(reference, part, cfg) if reference else None
         new = rollout_logprobs(policy, part, cfg)
         old = new.detach()  # one update a batch: it is this policy that has sampled
         loss, stats = grpo_loss(new, old, ref, advantages[rows], part.sampled, cfg, chains, tokens)
@@ -1008,9 +1014,8 @@ def train(cfg):
             with refusing(f"{out}/trainer.pt was not written; --resume goes on from the last one"):
                 torch.save(state | parts, out / "trainer.new")
                 (out / "trainer.new").rename(out / "trainer.pt")
-    with refusing(f"{out}/checkpoint was not written; --resume writes it"):
-        policy.save_pretrained(out / "checkpoint")
-        tokenizer.save_pretrained(out / "checkpoint")
+    policy.save_pretrained(out / "checkpoint")
+    tokenizer.save_pretrained(out / "checkpoint")
     result = asdict(cfg) | {"accuracy_before": state["before"], "accuracy_after": test()["pass@1"]}
     (out / "result.json").write_text(json.dumps(result, indent=1))
     print(f"{out}: accuracy {state['before']:.3f} -> {result['accuracy_after']:.3f}")
@@ -1026,8 +1031,7 @@ def evaluate(model, tokenizer, cfg, generator, tests, probes=False):
     """Sampled accuracy on problems: pass@k, standard error over problems, the probes' means."""
     generator.manual_seed(cfg.seed)
     right, means, G, n = [], Counter(), cfg.chains, len(tests)
-    for i in range(0, n, 32):  # so many prompts' caches fit in memory
-        part = tests[i : i + 32]
+    for part in [tests[i : i + 32] for i in range(0, n, 32)]:  # so many prompts' caches fit
         r = rollout(model, tokenizer, [prompt for _, _, prompt in part], cfg, generator)
         parts = rewards([problem for problem in part for _ in range(G)], r.texts)
         right += torch.tensor([p["correct"] for p in parts]).view(-1, G).sum(1).int().tolist()
@@ -1037,7 +1041,7 @@ def evaluate(model, tokenizer, cfg, generator, tests, probes=False):
     return result | means | {"problems": n} | (hidden_probes(model, r, cfg) if probes else {})
 
 
-def evaluation(configs):
+def evaluation(*configs):
     """`eval`: one model, read out by several methods, side by side; adds to eval.jsonl."""
     cfg = configs[0]
     model, tokenizer = load_model(cfg, cfg.model or smoke_model(cfg))
@@ -1085,11 +1089,7 @@ def main(argv=None) -> int:
     try:
         given = vars(parser.parse_args(argv))
         command = given.pop("command")
-        configs = configs_of(command, given)
-        if command == "eval":
-            evaluation(configs)
-        else:
-            train(configs[0])
+        {"train": train, "eval": evaluation}[command](*configs_of(command, given))
         return 0
     except (UserError, OSError, torch.OutOfMemoryError) as e:
         print(f"motg: {str(e).splitlines()[0]}", file=sys.stderr)
