@@ -521,7 +521,7 @@ def rollout(model, tokenizer, prompts: list[str], cfg, generator=None) -> Rollou
                 step = graph.replay
             if (t % 16 == 15 or not ids.is_cuda) and not decoder.live.any():  # to look is to wait
                 break
-            if t % 8 == 7 and not ids.is_cuda:  # ended rows cost time; a graph cannot shrink
+            if t % 8 == 7 and not (ids.is_cuda or decoder.live.all()):  # a graph cannot shrink
                 decoder.keep(decoder.live.nonzero()[:, 0])
     ids, mask = (x.repeat_interleave(cfg.chains, dim=0) for x in (ids, mask))  # (B, P)
     r = Rollout(ids, mask, **decoder.record, texts=[]).select(torch.arange(len(ids)).to(ids.device))
