@@ -1655,6 +1655,27 @@ def test_the_smoke_run_learns_which_habit_is_right():
     assert result["accuracy_after"] > result["accuracy_before"] + 0.15, result
 
 
+# ---------------------------------------------------------------------------- a pretrained model
+@pytest.mark.skipif(not os.environ.get("MOTG_REAL"), reason="MOTG_REAL names no model's folder")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_pretrained_model_samples_scores_trains_and_is_read_out(precision):
+    real = os.environ["MOTG_REAL"]
+    how = {"task": "gcd", "device": "cpu", "precision": precision, "chains": 4}
+    cfg = motg.make_config("different-tokens", **how, max_new_tokens=12)
+    model, tokenizer = motg.load_model(cfg, real)
+    prompts = [motg.train_problem(cfg, tokenizer, n)[2] for n in range(2)]
+    r = motg.rollout(model, tokenizer, prompts, cfg, seeded(0))
+    gap = (motg.rollout_logprobs(model, r, cfg) - r.logprob).abs().max()
+    assert gap < (1e-3 if precision == "fp32" else 0.5)
+    flags = f"--model {real} --device cpu --precision {precision} --task gcd --chains 4 --out out"
+    flags += " --max-new-tokens 16 --eval-problems 2 --accumulate 1 --prompts-per-step 2 --steps"
+    for steps in ("1", "2 --resume"):
+        assert motg.main(f"train {flags} {steps}".split()) == 0
+    assert [log < 0.5 for log in cli_logged("sampler_gap")] == [True, True]
+    flags = "--model out/checkpoint --method single,dirichlet,multiplex"
+    assert motg.main(f"eval {flags}".split()) == 0
+
+
 # -------------------------------------------------------------------------------- source and README
 SOURCE = Path(motg.__file__)
 README = SOURCE.with_name("README.md").read_text()
