@@ -525,6 +525,7 @@ def rollout(model, tokenizer, prompts: list[str], cfg, generator=None) -> Rollou
                 decoder.keep(decoder.live.nonzero()[:, 0])
     ids, mask = (x.repeat_interleave(cfg.chains, dim=0) for x in (ids, mask))  # (B, P)
     r = Rollout(ids, mask, **decoder.record, texts=[]).select(torch.arange(len(ids)).to(ids.device))
+    r.log_weights[..., 1:].masked_fill_(~r.mask[..., None], -INF)  # behind the end, one-hot too
     shown = zip(r.representative.cpu(), (r.mask & ~r.eos).cpu())
     texts = [tokenizer.decode(y[i], clean_up_tokenization_spaces=False) for y, i in shown]
     return r._replace(texts=texts)
@@ -1053,7 +1054,6 @@ def evaluation(*configs):
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     with Path(cfg.out, "eval.jsonl").open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in found)
-    print(f"added to {file.name}")
 
 
 # ------------------------------------------------------------------------------ 14. command line
