@@ -111,7 +111,7 @@ METHODS = {
     "soft-grpo": TOP_K | GUMBEL | {"k": 5, "gumbel_tau": 0.1, "logprob": "exact"},
     "lepo": TOP_K | GUMBEL | {"k": 30, "gumbel_tau": 0.5, "mix_steps": 32, "logprob": "weighted"},
 }
-SMOKE = {"model": "", "task": "chain_sum", "max_prompt_tokens": 64, "max_new_tokens": 40}
+SMOKE = {"model": "", "task": "chain_sum", "max_new_tokens": 40, "loss_average": "token"}
 SMOKE |= {"task_settings": '{"min_terms": 3, "max_terms": 4, "max_digits": 1}', "kl_beta": 0.01}
 SMOKE |= {"chains": 8, "prompts_per_step": 16, "accumulate": 1, "steps": 80, "save_every": 40}
 SMOKE |= {"lr": 3e-5, "grad_clip": 1.0, "micro_tokens": 1024, "eval_problems": 256}
@@ -946,9 +946,9 @@ def update(policy, reference, optimizer, r, advantages, cfg, lr):
     """One optimiser update on a Rollout and its advantages (B,), in micro-batches."""
     P, (chains, T) = r.prompt_mask.shape[1], r.mask.shape
     tokens, log = max(1, int(r.sampled.sum())), Counter()
-    groups = cfg.micro_tokens // (P + cfg.chains * T)  # whole ones, which share a prompt
-    size = groups * cfg.chains or max(1, (cfg.micro_tokens - P) // T)
-    for rows in torch.arange(chains, device=r.mask.device).split(size):
+    longest = r.mask.view(-1, cfg.chains, T).any(1).sum(1)  # (prompts,) like ones together pad less
+    order = torch.arange(chains, device=r.mask.device).view(-1, cfg.chains)[longest.argsort()]
+    for rows in order.flatten().split(max(1, (cfg.micro_tokens - P) // T)):
         part = r.select(rows)
         ref = rollout_logprobs(reference, part, cfg) if reference else None
         new = rollout_logprobs(policy, part, cfg)

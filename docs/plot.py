@@ -1,0 +1,296 @@
+"""The tables of docs/evidence.md and its figures, from docs/results alone.
+
+    python docs/plot.py           fills in the tables and draws the figures (matplotlib)
+    python docs/plot.py --tables  the tables only, which needs no package
+
+Intervals are 95%, of Student's t over seeds. A difference is paired: runs of the same seed had the
+same problems.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+HERE = Path(__file__).resolve().parent
+METHODS = ("single", "dirichlet", "different-tokens", "multiplex", "soft-grpo", "lepo")
+STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5%, by df
+MAIN = dict(zip(METHODS[:3], (("#777777", "--"), ("#0072b2", "-"), ("#d55e00", "-."))))
+
+
+def load(folder=HERE / "results"):
+    """{variant: {seed: result}}, and the base model's read-outs."""
+    runs = {}
+    for path in sorted(folder.glob("*.[0-9].json")):
+        run = json.loads(path.read_text())
+        runs.setdefault(run["variant"], {})[run["seed"]] = run
+    base = folder / "base.json"
+    return runs, json.loads(base.read_text())["read_out"] if base.exists() else {}
+
+
+def interval(values):
+    """Mean and half the width of its 95% interval (None for a single value)."""
+    n = len(values)
+    return mean(values), STUDENT[n - 1] * stdev(values) / n**0.5 if n > 1 else None
+
+
+def shown(values, digits=3, sign=""):
+    """`mean ± half-width`."""
+    center, half = interval(values)
+    around = "" if half is None else f" ± {half:.{digits}f}"
+    return f"{center:{sign}.{digits}f}{around}"
+
+
+def markdown(header, rows):
+    """A table of strings."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def last(run, name, n=10):
+    """A curve's mean over the last n updates."""
+    return mean(run["curves"][name][-n:])
+
+
+def sampled(run):
+    """Tokens sampled by each update of a run."""
+    chains = 16 * run["flags"].get("chains", 8)
+    c = run["curves"]
+    return [chains * (a + b) for a, b in zip(c["think_tokens"], c["answer_tokens"])]
+
+
+def comparison(runs, names, reference="single", more=()):
+    """Accuracy of variants before and after, and the paired difference to a reference."""
+    rows = []
+    for name in names:
+        if name not in runs:
+            continue
+        mine, other = runs[name], runs.get(reference, {})
+        both = sorted(mine.keys() & other.keys())
+        difference = [mine[s]["accuracy_after"] - other[s]["accuracy_after"] for s in both]
+        row = [name, len(mine), shown([r["accuracy_before"] for r in mine.values()])]
+        row += [shown([r["accuracy_after"] for r in mine.values()])]
+        row += [min(f"{r['accuracy_after']:.2f}" for r in mine.values())]
+        row += [shown(difference, sign="+") if both and name != reference else ""]
+        rows.append(row + [shown([f(r) for r in mine.values()]) for _, f in more])
+    header = ["variant", "seeds", "before", "after", "worst seed", f"minus `{reference}`"]
+    return markdown(header + [title for title, _ in more], rows)
+
+
+def support(runs):
+    """Of the weights, in the first, the middle and the last ten updates."""
+    rows = []
+    for name in METHODS:
+        for probe, title in (("support", "exp H(w)"), ("one_hot", "share above 0.99")):
+            curves = [run["curves"][probe] for run in runs.get(name, {}).values()]
+            parts = [[mean(c[a : a + 10]) for c in curves] for a in (0, 35, 70)]
+            if curves:
+                rows.append([name, title, *map(shown, parts)])
+    return markdown(["method", "of the weights", "first", "middle", "last"], rows)
+
+
+def square(runs, base):
+    """Trained with (rows) and read out with (columns)."""
+    columns = [name for name in (*METHODS, "soft-thinking") if name in base]
+    rows = [["before training", *(f"{base[name]['pass@1']:.2f}" for name in columns)]]
+    for name in METHODS:
+        found = [run["read_out"] for run in runs.get(name, {}).values()]
+        if found:
+            values = [[r[column]["pass@1"] for r in found] for column in columns]
+            rows.append([name, *(shown(v, 2) for v in values)])
+    return markdown(["trained with", *columns], rows)
+
+
+def why(runs, base):
+    """Entropies of trained models, own read-out, beside the same model read with single tokens."""
+    rows = []
+    for name in METHODS:
+        found = list(runs.get(name, {}).values())
+        if not found:
+            continue
+        row = [name]
+        for read in ("own", "single"):
+            at = [r["read_out"][read] for r in found]
+            row += [shown([x["hidden_entropy"][-1] for x in at]), shown([x["entropy"] for x in at])]
+            row.append(shown([x["distinct_tokens"] for x in at], 1))
+        for kind in ("right", "wrong"):
+            at = [r["right_and_wrong"][kind] for r in found]
+            row.append(shown([x["hidden_entropy"][-1] for x in at if x["hidden_entropy"]]))
+        rows.append(row)
+    header = ["trained with", "hidden", "H(p)", "distinct tokens"]
+    header += ["hidden, single", "H(p), single", "distinct, single", "right", "wrong"]
+    return markdown(header, rows)
+
+
+def bias(folder=HERE / "results"):
+    """Of gradient estimates on the enumerable problem."""
+    path = folder / "bias.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return markdown(list(rows[0]), [list(row.values()) for row in rows]) if rows else ""
+
+
+def tables():
+    """{name of a marker in docs/evidence.md: its table}."""
+    runs, base = load()
+    steps = ("H(p) at the end", lambda r: last(r, "entropy"))
+    tokens = ("1,000 tokens sampled", lambda r: sum(sampled(r)) / 1000)
+    length = ("thought's length", lambda r: last(r, "think_tokens"))
+    of = {name: [v for v in runs if v.startswith(f"{name} ")] for name in METHODS}
+    scores = ("representative", "weighted", "exact", "exact+1")
+    kinds = [
+        f"{name} {kind}"
+        for name in ("different-tokens", "dirichlet", "soft-thinking")
+        for kind in scores
+    ]
+    own = {"different-tokens weighted": "different-tokens", "dirichlet representative": "dirichlet"}
+    named = [own.get(kind, kind) for kind in kinds]
+    halves = [f"{name}{more}" for name in METHODS[:3] for more in ("", " G=4")]
+    controls = ["single", *of["single"], "dirichlet", "uniform", "noise", "shuffled"]
+    controls = [name for name in controls if "G=4" not in name]
+    ks = ["single", "dirichlet k=1", "dirichlet", "dirichlet k=4", "dirichlet k=8"]
+    ks += [f"dirichlet c={c}" for c in ("0.1", "10", "100")]
+    ends = [f"{name}{more}" for name in METHODS[1:3] for more in ("", " most-likely")]
+    return {
+        "methods": comparison(runs, METHODS, more=[steps, length]),
+        "chains": comparison(runs, halves, more=[tokens]),
+        "controls": comparison(runs, controls, more=[steps]),
+        "k": comparison(runs, ks, more=[steps]),
+        "scores": comparison(runs, named, more=[steps, length]),
+        "support": support(runs),
+        "square": square(runs, base),
+        "why": why(runs, base),
+        "ends": comparison(runs, ends),
+        "bias": bias(),
+    }
+
+
+def filled(text):
+    """The text of evidence.md with each table between its markers."""
+    for name, table in tables().items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text = re.sub(pattern, rf"\g<1>{table}\n\g<2>", text, flags=re.DOTALL)
+    return text
+
+
+# ---------------------------------------------------------------------------------- figures
+def smooth(curve, n=5):
+    """Means over windows of 2n + 1 updates, shorter at the ends."""
+    return [mean(curve[max(0, i - n) : i + n + 1]) for i in range(len(curve))]
+
+
+def band(ax, xs, curves, label, color, line):
+    """Mean and 95% interval over seeds, at each update."""
+    points = [interval(values) for values in zip(*curves, strict=True)]
+    y, half = [p[0] for p in points], [p[1] or 0 for p in points]
+    ax.plot(xs, y, color=color, linestyle=line, linewidth=2, label=label)
+    low, high = ([a + sign * b for a, b in zip(y, half)] for sign in (-1, 1))
+    ax.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def finish(figure, axes, name):
+    for ax in axes:
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(frameon=False, fontsize=8)
+    figure.savefig(HERE / f"{name}.png", dpi=130)
+
+
+def figures():
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    runs, base = load()
+    styles = MAIN | {"multiplex": ("#009e73", ":"), "soft-grpo": ("#cc79a7", (0, (5, 1)))}
+    styles |= {"lepo": ("#000000", (0, (1, 1)))}
+
+    def curves(name, probe):
+        return [smooth(run["curves"][probe]) for run in runs[name].values()]
+
+    # learning curves, of three methods and of all
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
+    for ax, names in zip(axes, (METHODS[:3], (METHODS[0], *METHODS[3:])), strict=True):
+        for name in names:
+            if name in runs:
+                label = f"{name} ({len(runs[name])} seeds)"
+                band(ax, range(1, 81), curves(name, "correct"), label, *styles[name])
+        ax.set(xlabel="GRPO step", ylabel="right answers, unseen problems", xlim=(1, 80))
+    finish(figure, axes, "learning")
+
+    # accuracy against tokens, G and G / 2
+    figure, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for name in METHODS[:3]:
+        for more, width in (("", 2.2), (" G=4", 1.0)):
+            mine = list(runs.get(name + more, {}).values())
+            if not mine:
+                continue
+            spent = [mean(each) / 1000 for each in zip(*map(sampled, mine), strict=True)]
+            total = [sum(spent[: i + 1]) for i in range(len(spent))]
+            y = [mean(each) for each in zip(*curves(name + more, "correct"), strict=True)]
+            label = f"{name}, G = {4 if more else 8}"
+            color, line = styles[name]
+            ax.plot(total, y, color=color, linestyle=line, linewidth=width, label=label)
+    ax.set(xlabel="thousand tokens sampled", ylabel="right answers, unseen problems")
+    finish(figure, [ax], "chains")
+
+    # effective support and sharpness over training
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for name in METHODS[1:]:
+        for ax, probe in zip(axes, ("support", "one_hot"), strict=True):
+            if name in runs:
+                band(ax, range(1, 81), curves(name, probe), name, *styles[name])
+    axes[0].set(xlabel="GRPO step", ylabel="effective support exp H(w), tokens")
+    axes[1].set(xlabel="GRPO step", ylabel="share of steps with a weight above 0.99")
+    finish(figure, axes, "support")
+
+    # hidden-state entropy by layer
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", sharey=True)
+    for name in METHODS[:3]:
+        color, line = styles[name]
+        mine = list(runs.get(name, {}).values())
+        kinds = [[run["right_and_wrong"][kind] for run in mine] for kind in ("right", "wrong")]
+        panels = [[base[name]], [run["read_out"]["own"] for run in mine]]
+        for ax, found in zip(axes, panels):
+            layers = [x["hidden_entropy"] for x in found]
+            band(ax, range(len(layers[0])), layers, name, color, line)
+        for found, mark, kind in zip(kinds, ("o", "x"), ("right", "wrong")):
+            layers = zip(*(x["hidden_entropy"] for x in found if x["hidden_entropy"]))
+            y = [mean(each) for each in layers]
+            label = f"{name}, {kind}"
+            axes[2].plot(range(len(y)), y, mark, color=color, linestyle=line, label=label)
+    for ax, title in zip(axes, ("before training", "after", "after, by outcome")):
+        ax.set(xlabel="layer (0: embeddings)", title=title)
+    axes[0].set(ylabel="hidden-state entropy of a thought")
+    finish(figure, axes, "hidden")
+
+    # the square of read-outs
+    names = [name for name in METHODS if name in runs]
+    columns = list(base)
+    values = [
+        [mean(r["read_out"][c]["pass@1"] for r in runs[n].values()) for c in columns] for n in names
+    ]
+    values.insert(0, [base[c]["pass@1"] for c in columns])
+    figure, ax = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    ax.imshow(values, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            color = "white" if value > 0.5 else "black"
+            ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=color)
+    ax.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
+    ax.set_yticks(range(len(values)), ["before training", *names], fontsize=8)
+    ax.set(xlabel="read out with", ylabel="trained with")
+    figure.savefig(HERE / "square.png", dpi=130)
+
+
+def main():
+    path = HERE / "evidence.md"
+    path.write_text(filled(path.read_text()))
+    if "--tables" not in sys.argv[1:]:
+        figures()
+
+
+if __name__ == "__main__":
+    main()
