@@ -371,22 +371,28 @@ def outcomes(p, cfg, t, thinking):
     return found
 
 
-def trajectories(model, cfg, inputs, t=0, thinking=True):
+def trajectories(model, cfg, inputs):
     """[(probability, steps)] of all that can happen behind `inputs` (n, d); with gradient."""
-    table, found = model.get_input_embeddings().weight, []
-    p = (model(inputs_embeds=inputs[None]).logits[0, -1] / cfg.temperature).softmax(-1)  # (5,)
-    stops = {"most-likely": p.argmax() == TAG, "steps": t == cfg.end_steps}.get(cfg.end, False)
-    forced = [(torch.tensor(1.0), (TAG,), torch.ones(1), TAG)] if thinking and stops else []
-    for q, tokens, w, y in forced or outcomes(p, cfg, t, thinking):
-        step = list(tokens), w.tolist(), y, thinking
-        if y == EOS or t + 1 == cfg.max_new_tokens:
-            found.append((q, [step]))
-            continue
-        rows = table[step[0]]  # (k, d)
-        mixed = rows.amax(0) if cfg.aggregation == "max" else w @ rows
-        thinks = thinking and not (forced or y == TAG and cfg.end != "most-likely")
-        rest = trajectories(model, cfg, torch.cat([inputs, mixed[None]]), t + 1, thinks)
-        found += [(q * more, [step, *steps]) for more, steps in rest]
+    table, found, live = model.get_input_embeddings().weight, [], [(1.0, [], inputs, True)]
+    for t in range(cfg.max_new_tokens):
+        logits = model(inputs_embeds=torch.stack([inputs for _, _, inputs, _ in live])).logits
+        law, branches = (logits[:, -1] / cfg.temperature).softmax(-1), live
+        live = []
+        for p, (before, steps, inputs, thinking) in zip(law, branches):
+            stops = {"most-likely": p.argmax() == TAG, "steps": t == cfg.end_steps}
+            forced = thinking and stops.get(cfg.end, False)
+            tag = [(torch.tensor(1.0), (TAG,), torch.ones(1), TAG)]
+            for q, tokens, w, y in tag if forced else outcomes(p, cfg, t, thinking):
+                so_far = [*steps, (list(tokens), w.tolist(), y, thinking)]
+                if y == EOS or t + 1 == cfg.max_new_tokens:
+                    found.append((before * q, so_far))
+                    continue
+                rows = table[list(tokens)]  # (k, d)
+                mixed = rows.amax(0) if cfg.aggregation == "max" else w @ rows
+                thinks = thinking and not (forced or y == TAG and cfg.end != "most-likely")
+                live.append((before * q, so_far, torch.cat([inputs, mixed[None]]), thinks))
+        if not live:
+            break
     return found
 
 

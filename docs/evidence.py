@@ -193,7 +193,7 @@ def main():
     if not (RESULTS / "base.json").exists():
         base()
     only = a.only.split(",") if a.only else VARIANTS
-    jobs = [(name, seed) for name in only for seed in range(min(a.seeds, VARIANTS[name][1]))]
+    jobs = [(v, seed) for seed in range(a.seeds) for v in only if seed < VARIANTS[v][1]]
     with ThreadPoolExecutor(a.jobs) as pool:
         list(pool.map(started, jobs))
 
