@@ -28,7 +28,9 @@ import motg  # noqa: E402
 
 RESULTS, RUNS = HERE / "results", HERE.parent / "runs/evidence"
 METHODS = ("single", "dirichlet", "different-tokens", "multiplex", "soft-grpo", "lepo")
-READOUTS = (*METHODS, "soft-thinking")
+READOUTS = {name: {"method": name} for name in (*METHODS, "soft-thinking")}
+for T in (0.5, 0.1):  # would less noise do the same?
+    READOUTS[f"single T={T}"] = {"method": "single", "temperature": T}
 CURVES = "reward correct format entropy weight_entropy support one_hot distinct_tokens think_tokens"
 CURVES += " answer_tokens truncated kl grad_norm sampler_gap no_gradient"
 
@@ -86,15 +88,14 @@ def variants():
 VARIANTS = variants()
 
 
-def read_out(model, tokenizer, cfg, tests, methods, chains=4):
-    """{method: accuracy and probes} of one model, by its own settings ("own") and by presets."""
+def read_out(model, tokenizer, cfg, tests, names, chains=4):
+    """{name: accuracy and probes} of one model, by its own settings ("own") and by READOUTS."""
     generator, found, smoke = torch.Generator(), {}, {"smoke": True, "chains": chains}
-    for method in methods:
-        settings = {f.name: getattr(cfg, f.name) for f in fields(cfg)} | smoke
-        if method != "own":
-            settings = smoke | {"method": method, "seed": cfg.seed}
-        how = motg.make_config(**settings)
-        found[method] = motg.evaluate(model, tokenizer, how, generator, tests, probes=True)
+    for name in names:
+        own = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
+        settings = own if name == "own" else {"seed": cfg.seed} | READOUTS[name]
+        how = motg.make_config(**settings | smoke)
+        found[name] = motg.evaluate(model, tokenizer, how, generator, tests, probes=True)
     return found
 
 
@@ -120,27 +121,41 @@ def rounded(x, digits=4):
     return float(f"{x:.{digits}g}") if isinstance(x, float) else x
 
 
+def path_of(name, seed):
+    """Where the result of a run is kept."""
+    return RESULTS / f"{name.replace(' ', '-')}.{seed}.json"
+
+
+def result_of(name, seed):
+    """The result as far as it is there, and the names of the read-outs that are missing."""
+    path = path_of(name, seed)
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    wanted = ("own", *READOUTS) if name in METHODS else ("own", "single")
+    return kept, [read for read in wanted if read not in kept.get("read_out", {})]
+
+
 def one_run(name, seed):
     """Train, read out, and keep the result."""
     flags, began = VARIANTS[name][0], time.perf_counter()
-    out = RUNS / f"{name.replace(' ', '-')}.{seed}"
+    out = RUNS / path_of(name, seed).stem
     cfg = motg.make_config(smoke=True, seed=seed, out=str(out), **flags)
     resumed = (out / "config.json").exists()
     if not (out / "result.json").exists():
         motg.train(motg.make_config(**vars(cfg) | {"resume": resumed}))
     seconds = round(time.perf_counter() - began, 1)
+    kept, missing = result_of(name, seed)
     model, tokenizer = motg.load_model(cfg, str(out / "checkpoint"))
     tests = motg.test_problems(cfg, tokenizer)
-    methods = ("own", *READOUTS) if name in METHODS else ("own", "single")
-    logs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    kept = {"variant": name, "seed": seed, "flags": flags, "seconds": None if resumed else seconds}
-    result = json.loads((out / "result.json").read_text())
-    kept |= {key: result[key] for key in ("accuracy_before", "accuracy_after")}
-    kept["curves"] = {key: [log[key] for log in logs] for key in CURVES.split()}
-    kept["read_out"] = read_out(model, tokenizer, cfg, tests, methods)
-    kept["right_and_wrong"] = right_and_wrong(model, tokenizer, cfg, tests[:64])
-    kept["about"] = about()
-    save(f"{out.name}.json", kept)
+    if not kept:
+        kept = {"variant": name, "seed": seed, "flags": flags, "read_out": {}, "about": about()}
+        kept["seconds"] = None if resumed else seconds
+        result = json.loads((out / "result.json").read_text())
+        kept |= {key: result[key] for key in ("accuracy_before", "accuracy_after")}
+        logs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        kept["curves"] = {key: [log[key] for log in logs] for key in CURVES.split()}
+        kept["right_and_wrong"] = right_and_wrong(model, tokenizer, cfg, tests[:64])
+    kept["read_out"] |= read_out(model, tokenizer, cfg, tests, missing)
+    save(path_of(name, seed), kept)
 
 
 def base():
@@ -148,7 +163,7 @@ def base():
     cfg = motg.make_config(smoke=True)
     model, tokenizer = motg.load_model(cfg, motg.smoke_model(cfg))
     found = read_out(model, tokenizer, cfg, motg.test_problems(cfg, tokenizer), READOUTS, 8)
-    save("base.json", {"read_out": found, "about": about()})
+    save(RESULTS / "base.json", {"read_out": found, "about": about()})
 
 
 def about():
@@ -158,22 +173,22 @@ def about():
     return found | {name: version(name) for name in ("torch", "transformers", "reasoning-gym")}
 
 
-def save(name, kept):
+def save(path, kept):
     """Beside, and renamed: a result is there as a whole or not at all."""
-    RESULTS.mkdir(exist_ok=True)
-    new = RESULTS / f"{name}.new"
+    path.parent.mkdir(exist_ok=True)
+    new = path.with_suffix(".new")
     new.write_text(json.dumps(rounded(kept), separators=(",", ":")) + "\n")
-    new.rename(RESULTS / name)
+    new.rename(path)
 
 
 def started(job):
     """One job in a process of its own, on one thread."""
     name, seed = job
-    if (RESULTS / f"{name.replace(' ', '-')}.{seed}.json").exists():
+    if not result_of(name, seed)[1]:
         return
     RUNS.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(HERE / "evidence.py"), "--run", name, "--seed", str(seed)]
-    with open(RUNS / f"{name.replace(' ', '-')}.{seed}.log", "w") as log:
+    with open(RUNS / f"{path_of(name, seed).stem}.log", "w") as log:
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, check=False, env=env, stdout=log, stderr=log)
     print(time.strftime("%H:%M:%S"), name, seed, f"status {done.returncode}", flush=True)

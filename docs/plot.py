@@ -92,12 +92,12 @@ def support(runs):
 
 def square(runs, base):
     """Trained with (rows) and read out with (columns)."""
-    columns = [name for name in (*METHODS, "soft-thinking") if name in base]
+    columns = list(base)
     rows = [["before training", *(f"{base[name]['pass@1']:.2f}" for name in columns)]]
     for name in METHODS:
         found = [run["read_out"] for run in runs.get(name, {}).values()]
         if found:
-            values = [[r[column]["pass@1"] for r in found] for column in columns]
+            values = [[r[column]["pass@1"] for r in found if column in r] for column in columns]
             rows.append([name, *(shown(v, 2) for v in values)])
     return markdown(["trained with", *columns], rows)
 
@@ -248,9 +248,9 @@ def figures():
 
     # hidden-state entropy by layer
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", sharey=True)
-    for name in METHODS[:3]:
+    for name in filter(runs.__contains__, METHODS[:3]):
         color, line = styles[name]
-        mine = list(runs.get(name, {}).values())
+        mine = list(runs[name].values())
         kinds = [[run["right_and_wrong"][kind] for run in mine] for kind in ("right", "wrong")]
         panels = [[base[name]], [run["read_out"]["own"] for run in mine]]
         for ax, found in zip(axes, panels):
