@@ -167,8 +167,8 @@ def base():
 
 
 def about():
-    """Commit and versions."""
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    """The last commit that changed motg.py, and versions."""
+    git = ["git", "-C", str(HERE.parent), "log", "-1", "--format=%h", "--", "motg.py"]
     found = {"commit": subprocess.check_output(git, text=True).strip()}
     return found | {name: version(name) for name in ("torch", "transformers", "reasoning-gym")}
 
