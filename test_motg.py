@@ -17,6 +17,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -1746,3 +1747,23 @@ def test_the_readmes_python_runs(monkeypatch):
         for block in blocks:
             exec(block, names)  # noqa: S102
         assert len(motg.AGGREGATION) + len(motg.SAMPLING) > rules  # one of them adds a rule
+
+
+# ------------------------------------------------------------------------------------------- docs
+DOCS = SOURCE.with_name("docs")
+
+
+def test_the_tables_of_the_evidence_are_what_the_results_give():
+    plot, text = runpy.run_path(str(DOCS / "plot.py")), (DOCS / "evidence.md").read_text()
+    assert plot["filled"](text) == text
+    assert set(re.findall(r"<!-- /(\w+) -->", text)) == set(plot["tables"]())
+
+
+def test_a_trace_is_one_page_that_needs_nothing_else(monkeypatch):
+    model = cli_model("model", "{{ messages[-1].content }}\n<think>\n")
+    monkeypatch.setattr(motg, "smoke_model", lambda cfg: model)
+    page = runpy.run_path(str(DOCS / "trace.py"))["page"]
+    given = {"smoke": True, "max_prompt_tokens": 300}
+    text = page([""], "single,multiplex", given, problems=2, chains=2)
+    assert text.count("<article>") == 8 and text.count("<section>") == 2
+    assert not re.search(r"https?:|src=|<script|@import|url\(", text)
