@@ -374,7 +374,7 @@ def tag_table(tokenizer, vocabulary):
 # read once; its keys and values are then copied to its G chains. A decoding step works in place on
 # preallocated tensors and never asks the GPU for a value, so that CUDA can replay it as one graph.
 STEP = "tokens log_weights representative candidate event thinking mask sampled eos logprob entropy"
-PER_ROW = ("rows", "logits", "visible", "start", "matched", "streak", "forced", "thinking", "live")
+PER_ROW = ("rows", "logits", "closed", "start", "matched", "streak", "forced", "thinking", "live")
 CACHE = "cache" if transformers.__version__ >= "5.24" else "past_key_values"  # it was renamed
 
 
@@ -426,14 +426,15 @@ class Decoder:
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=P + T)
         for i, layer in enumerate(prompts.layers):
             self.cache.update(layer.keys, layer.values, i)
-        self.visible = F.pad(mask, (0, T)).repeat_interleave(cfg.chains, dim=0)  # (B, P + T)
-        self.start = mask.sum(1).repeat_interleave(cfg.chains)[:, None]  # (B, 1) prompt lengths
+        mask = mask.repeat_interleave(cfg.chains, dim=0)  # (B, P), and closed (B, 1, 1, P + T)
+        self.closed = F.pad(~mask, (0, T), value=True)[:, None, None].to(model.dtype) * -1e9
+        self.start = mask.sum(1, keepdim=True)  # (B, 1) prompt lengths
         self.matched, self.streak, self.forced = ids.new_zeros(3, rows)
         self.thinking, self.live = ids.new_ones(2, rows).bool()
         self.t, self.record = ids.new_tensor([0]), {}
         self.rows = torch.arange(rows, device=ids.device)  # (B,) places in the record
         stops = {"entropy": (cfg.end_entropy, cfg.end_patience), "steps": (INF, cfg.end_steps)}
-        self.sharp, self.enough = stops.get(cfg.end, (INF, INF))
+        self.sharp, self.enough = stops.get(cfg.end, (None, None))
 
     def keep(self, rows):  # a LongTensor of those that go on
         for name in PER_ROW:
@@ -450,10 +451,12 @@ class Decoder:
             best = log_p.argmax(-1)  # (B,)
             forced = self.thinking & self.completes_tag(best[:, None])[:, 0]
             return torch.where(forced, best, y), forced, forced
-        forced = self.thinking & ((self.forced > 0) | (self.streak >= self.enough))
-        self.streak.add_(1).mul_(entropy < self.sharp)
-        y = torch.where(forced, self.tag_ids[self.forced], y)
-        self.forced.copy_((self.forced + 1) * forced % len(self.tag_ids))
+        forced = self.forced > 0
+        if self.enough:
+            forced = self.thinking & (forced | (self.streak >= self.enough))
+            self.streak.add_(1).mul_(entropy < self.sharp)
+            y = torch.where(forced, self.tag_ids[self.forced], y)
+            self.forced.copy_((self.forced + 1) * forced % len(self.tag_ids))
         return y, forced, self.thinking & self.completes_tag(y[:, None])[:, 0]
 
     def step(self):
@@ -492,10 +495,9 @@ class Decoder:
         self.matched.copy_(self.tag_table[self.matched, y] % len(TAG))
         self.thinking.logical_and_(~closes)
         self.live.logical_and_(~eos)
-        self.visible.index_fill_(1, self.visible.shape[1] - cfg.max_new_tokens + self.t, True)
+        self.closed.index_fill_(3, self.closed.shape[3] - cfg.max_new_tokens + self.t, 0.0)
         embeds = mixture_embedding(self.table, tokens, log_w, cfg.aggregation)[:, None]  # (B, 1, d)
-        seen = self.visible[:, None, None]  # (B, 1, 1, P + T)
-        out = forward(self.model, embeds, seen, self.start + self.t, self.cache)
+        out = forward(self.model, embeds, self.closed, self.start + self.t, self.cache)
         self.logits.copy_(self.head(out.last_hidden_state[:, 0]))
         self.t.add_(1)
 
@@ -578,8 +580,7 @@ def rollout_logprobs(model, rollout, cfg, micro_batch=None):
         parts = [rollout_logprobs(model, r.select(i), cfg) for i in rows]
         return torch.cat([F.pad(p, (0, r.mask.shape[1] - p.shape[1])) for p in parts])
     check_model(model)
-    names = ("tokens", "log_weights", "representative", "candidate", "event")
-    recorded = {name: getattr(r, name)[steps] for name in names}  # (N, ...)
+    recorded = {name: getattr(r, name)[steps] for name in STEP.split()[:5]}  # (N, ...) to `event`
     log_weights, size = r.log_weights, max(1, 2**24 // len(head.weight))  # 64 MiB of logits
 
     def in_chunks(function):
@@ -1089,8 +1090,7 @@ def main(argv=None) -> int:
     try:
         given = vars(parser.parse_args(argv))
         command = given.pop("command")
-        {"train": train, "eval": evaluation}[command](*configs_of(command, given))
-        return 0
+        return {"train": train, "eval": evaluation}[command](*configs_of(command, given)) or 0
     except (UserError, OSError, torch.OutOfMemoryError) as e:
         print(f"motg: {str(e).splitlines()[0]}", file=sys.stderr)
         return 2

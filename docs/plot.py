@@ -36,7 +36,9 @@ def interval(values):
 
 
 def shown(values, digits=3, sign=""):
-    """`mean ± half-width`."""
+    """`mean ± half-width`, or nothing of nothing."""
+    if not values:
+        return ""
     center, half = interval(values)
     around = "" if half is None else f" ± {half:.{digits}f}"
     return f"{center:{sign}.{digits}f}{around}"
@@ -81,7 +83,7 @@ def comparison(runs, names, reference="single", more=()):
 def support(runs):
     """Of the weights, in the first, the middle and the last ten updates."""
     rows = []
-    for name in METHODS:
+    for name in METHODS[1:]:
         for probe, title in (("support", "exp H(w)"), ("one_hot", "share above 0.99")):
             curves = [run["curves"][probe] for run in runs.get(name, {}).values()]
             parts = [[mean(c[a : a + 10]) for c in curves] for a in (0, 35, 70)]
@@ -130,6 +132,23 @@ def bias(folder=HERE / "results"):
     return markdown(list(rows[0]), [list(row.values()) for row in rows]) if rows else ""
 
 
+def against_trl(folder=HERE / "results"):
+    """TRL's trainer beside motg's, seed by seed."""
+    path = folder / "trl.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    lines = []
+    for seed in sorted({row["seed"] for row in rows}):
+        found = {row["trainer"]: row for row in rows if row["seed"] == seed}
+        both = {name: found[name] for name in ("motg", "TRL")}
+        shares = [f"{both[t]['accuracy']:.3f} ± {1.96 * both[t]['stderr']:.3f}" for t in both]
+        seconds = [f"{row['seconds']:.0f}" for row in both.values()]
+        ratio = both["TRL"]["seconds"] / both["motg"]["seconds"]
+        lines.append([seed, *shares, *seconds, f"{ratio:.2f}"])
+    names = ("motg", "TRL")
+    header = [f"{name}, {what}" for what in ("accuracy", "seconds") for name in names]
+    return markdown(["seed", *header, "TRL / motg"], lines)
+
+
 def tables():
     """{name of a marker in docs/evidence.md: its table}."""
     runs, base = load()
@@ -162,6 +181,7 @@ def tables():
         "why": why(runs, base),
         "ends": comparison(runs, ends),
         "bias": bias(),
+        "trl": against_trl(),
     }
 
 
@@ -269,9 +289,10 @@ def figures():
     # the square of read-outs
     names = [name for name in METHODS if name in runs]
     columns = list(base)
-    values = [
-        [mean(r["read_out"][c]["pass@1"] for r in runs[n].values()) for c in columns] for n in names
+    read = [
+        [[r["read_out"][c]["pass@1"] for r in runs[n].values()] for c in columns] for n in names
     ]
+    values = [[mean(each) for each in row] for row in read]
     values.insert(0, [base[c]["pass@1"] for c in columns])
     figure, ax = plt.subplots(figsize=(7.5, 4), layout="constrained")
     ax.imshow(values, cmap="Greys", vmin=0, vmax=1, aspect="auto")
