@@ -372,9 +372,9 @@ def outcomes(p, cfg, t, thinking):
     return found
 
 
-def trajectories(model, cfg, inputs):
-    """[(probability, steps)] of all that can happen behind `inputs` (n, d); with gradient."""
-    table, found, live = model.get_input_embeddings().weight, [], [(1.0, [], inputs, True)]
+def trajectories(model, cfg, prompt):
+    """[(probability, steps)] of all that can happen behind embeddings (n, d); with gradient."""
+    table, found, live = model.get_input_embeddings().weight, [], [(1.0, [], prompt, True)]
     for t in range(cfg.max_new_tokens):
         logits = model(inputs_embeds=torch.stack([inputs for _, _, inputs, _ in live])).logits
         law, branches = (logits[:, -1] / cfg.temperature).softmax(-1), live
