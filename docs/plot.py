@@ -282,7 +282,7 @@ def figures():
             label = f"{name}, {kind}"
             axes[2].plot(range(len(y)), y, mark, color=color, linestyle=line, label=label)
     for ax, title in zip(axes, ("before training", "after", "after, by outcome")):
-        ax.set(xlabel="layer (0: embeddings)", title=title)
+        ax.set(xlabel="layer (0: embeddings)", title=title, xticks=range(4))
     axes[0].set(ylabel="hidden-state entropy of a thought")
     finish(figure, axes, "hidden")
 
