@@ -426,7 +426,7 @@ class Decoder:
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=P + T)
         for i, layer in enumerate(prompts.layers):
             self.cache.update(layer.keys, layer.values, i)
-        mask = mask.repeat_interleave(cfg.chains, dim=0)  # (B, P), and closed (B, 1, 1, P + T)
+        mask = mask.repeat_interleave(cfg.chains, dim=0)  # (B, P); closed: is added to q k
         self.closed = F.pad(~mask, (0, T), value=True)[:, None, None].to(model.dtype) * -1e9
         self.start = mask.sum(1, keepdim=True)  # (B, 1) prompt lengths
         self.matched, self.streak, self.forced = ids.new_zeros(3, rows)
@@ -949,7 +949,7 @@ def update(policy, reference, optimizer, r, advantages, cfg, lr):
     tokens, log = max(1, int(r.sampled.sum())), Counter()
     longest = r.mask.view(-1, cfg.chains, T).any(1).sum(1)  # (prompts,) like ones together pad less
     order = torch.arange(chains, device=r.mask.device).view(-1, cfg.chains)[longest.argsort()]
-    for rows in order.flatten().split(max(1, (cfg.micro_tokens - P) // T)):
+    for rows in order.flatten().split(max(1, int(cfg.micro_tokens / (T + P / cfg.chains)))):
         part = r.select(rows)
         ref = rollout_logprobs(reference, part, cfg) if reference else None
         new = rollout_logprobs(policy, part, cfg)

@@ -805,6 +805,22 @@ def test_an_update_is_the_gradient_of_the_whole_batch_by_hand(small, how):
         assert log["kl"] == pytest.approx((w * k3).sum().item(), rel=1e-3, abs=1e-6)
 
 
+def test_a_micro_batch_holds_its_tokens_where_prompts_are_long(small, monkeypatch):
+    """Of 12 prompts of 80 tokens and more, 6 chains of 5 steps each; a prompt may be split."""
+    cfg = config(chains=6, max_new_tokens=5, micro_tokens=300)
+    r = motg.rollout(small, SMALL, ["ab" * 40 + "c" * i for i in range(12)], cfg, seeded(0))
+    sizes, scored = [], motg.rollout_logprobs
+
+    def watched(model, part, cfg):
+        prompts = len(torch.unique(part.prompt_mask.sum(1)))
+        sizes.append(prompts * part.prompt_mask.shape[1] + part.mask.numel())
+        return scored(model, part, cfg)
+
+    monkeypatch.setattr(motg, "rollout_logprobs", watched)
+    updated(small, None, r, torch.ones(72), cfg)
+    assert len(sizes) > 3 and max(sizes) <= 300 + r.prompt_mask.shape[1]
+
+
 def test_at_the_first_step_the_ratio_is_one_and_the_kl_zero_in_bf16_too(small):
     """A bf16 copy samples, autocast scores, and the gradient is the float32 weights'."""
     grads, A = [], torch.randn(24, generator=seeded(5))
