@@ -882,18 +882,18 @@ def smoke_model(cfg):
 
 # ------------------------------------------------------------------------------------ 11. probes
 def step_probes(r):
-    """Means over thinking steps (entropies in nats, shares) and over chains (counts, lengths)."""
+    """Means over thinking steps (nats, shares; a token drawn twice is one) and over chains."""
     w = r.log_weights.exp()  # (B, T, k)
-    H = torch.special.entr(w).sum(-1)  # (B, T)
+    W = ((r.tokens[..., None] == r.tokens[..., None, :]) * w[..., None, :]).sum(-1)  # of tokens
+    H = (w * (1 / W.clamp(min=1e-30)).log()).sum(-1)  # (B, T)
     of_steps = {"entropy": r.entropy, "weight_entropy": H, "support": H.exp()}
-    of_steps |= {"gini_simpson": 1 - w.square().sum(-1), "one_hot": w.amax(-1) > 0.99}
+    of_steps |= {"gini_simpson": 1 - (w * W).sum(-1), "one_hot": W.amax(-1) > 0.99}
     considered = (r.tokens + 1) * (r.thinking[..., None] & (w > 0))  # ids from 1; 0: nothing
     distinct = [len(set(row) - {0}) for row in considered.flatten(1).tolist()]
-    of_chains = {"distinct_tokens": torch.tensor(distinct), "think_tokens": r.thinking.sum(1)}
-    of_chains |= {"answer_tokens": (r.mask & ~r.thinking).sum(1), "truncated": ~r.eos.any(1)}
-    steps = max(1, int(r.thinking.sum()))
-    means = {name: (x * r.thinking).sum().item() / steps for name, x in of_steps.items()}
-    return means | {name: x.float().mean().item() for name, x in of_chains.items()}
+    found = {name: x[r.thinking] for name, x in of_steps.items()}
+    found |= {"distinct_tokens": torch.tensor(distinct), "think_tokens": r.thinking.sum(1)}
+    found |= {"answer_tokens": (r.mask & ~r.thinking).sum(1), "truncated": ~r.eos.any(1)}
+    return {name: x.float().mean().item() for name, x in found.items()}
 
 
 def hidden_state_entropy(hidden):

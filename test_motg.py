@@ -1654,6 +1654,43 @@ def test_a_damaged_checkpoint_is_refused_by_name(harm, cli_run, cli_folder, caps
     assert not Path("broken-into").exists()
 
 
+# ------------------------------------------------------------------------------------------ probes
+def test_probes_by_hand_and_a_token_drawn_twice_is_one_token(small):
+    """Of thinking steps, by a loop over dictionaries {token: weight}."""
+    cfg = config("multiplex", chains=8, max_new_tokens=12, temperature=0.5)
+    r = motg.rollout(small, SMALL, PROMPTS[:2], cfg, seeded(0))
+    steps, found, seen = [], motg.step_probes(r), [set() for _ in r.mask]
+    for b, t in r.thinking.nonzero().tolist():
+        weight = Counter()
+        for v, w in zip(r.tokens[b, t].tolist(), r.log_weights[b, t].exp().tolist()):
+            weight[v] += w
+        steps.append([w for w in weight.values() if w > 0])
+        seen[b] |= {v for v, w in weight.items() if w > 0}
+    assert any(len(set(row)) < 3 for row in r.tokens[r.thinking].tolist())
+    H = torch.tensor([-sum(w * math.log(w) for w in step) for step in steps])
+    want = {"weight_entropy": H, "support": H.exp(), "entropy": r.entropy[r.thinking]}
+    want["gini_simpson"] = torch.tensor([1 - sum(w * w for w in step) for step in steps])
+    want["one_hot"] = torch.tensor([float(max(step) > 0.99) for step in steps])
+    want |= {"think_tokens": r.thinking.sum(1), "truncated": ~r.eos.any(1)}
+    want |= {"distinct_tokens": torch.tensor([len(each) for each in seen])}
+    want |= {"answer_tokens": (r.mask & ~r.thinking).sum(1)}
+    for name, values in want.items():
+        assert found[name] == pytest.approx(values.float().mean().item(), abs=1e-5), name
+
+
+def test_hidden_state_entropy_is_that_of_the_squared_singular_values():
+    """Scaling a state changes nothing; alike states have 0, orthogonal ones 1."""
+    for T, d in ((6, 16), (16, 6), (5, 5)):
+        h = torch.randn(2, T, d, generator=seeded(0))
+        unit = h.double() / h.double().norm(dim=-1, keepdim=True)
+        p = torch.linalg.svdvals(unit).square() / T  # (2, min(T, d)), of sum 1
+        want = -(p * p.log()).sum(-1) / math.log(min(T, d))
+        scale = 1 + torch.rand(2, T, 1, generator=seeded(1))
+        assert torch.allclose(motg.hidden_state_entropy(h * scale), want, atol=1e-6)
+    assert motg.hidden_state_entropy(torch.eye(7)) == pytest.approx(1)
+    assert motg.hidden_state_entropy(torch.ones(7, 3)) == pytest.approx(0, abs=1e-6)
+
+
 # ----------------------------------------------------------------------- does the whole loop learn?
 @pytest.mark.parametrize("method", ["single", "dirichlet", "different-tokens"])
 def test_training_raises_the_reward(method, cli_run, monkeypatch):
@@ -1769,10 +1806,13 @@ def test_the_readmes_python_runs(monkeypatch):
 DOCS = SOURCE.with_name("docs")
 
 
-def test_the_tables_of_the_evidence_are_what_the_results_give():
-    plot, text = runpy.run_path(str(DOCS / "plot.py")), (DOCS / "evidence.md").read_text()
-    assert plot["filled"](text) == text
-    assert set(re.findall(r"<!-- /(\w+) -->", text)) == set(plot["tables"]())
+def test_the_documents_tables_are_what_the_results_give():
+    plot = runpy.run_path(str(DOCS / "plot.py"))
+    assert set(plot["DOCUMENTS"]) == {"evidence.md", "real.md"}
+    for name, make in plot["DOCUMENTS"].items():
+        text, tables = (DOCS / name).read_text(), make()
+        assert plot["filled"](text, tables) == text
+        assert set(re.findall(r"<!-- /(\w+) -->", text)) == set(tables)
 
 
 def test_a_trace_is_one_page_that_needs_nothing_else(monkeypatch):
