@@ -1783,7 +1783,8 @@ def test_the_readmes_commands_flags_and_links_exist_and_it_is_short():
         for method in given.pop("method", "dirichlet").split(","):
             motg.make_config(method, **given)
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z0-9_-]+)", README)}
-    assert flags <= set(settings) | {"help"}
+    real = re.findall(r'"--(\w+)"', (SOURCE.parent / "docs/real.py").read_text())
+    assert flags <= {*settings, *real, "help"}
     links = re.findall(r"\]\((?!http|#)([^)#\s]+)", README)
     assert links and all((SOURCE.parent / link).exists() for link in links)
     assert len(README.split()) <= 1800
@@ -1823,3 +1824,26 @@ def test_a_trace_is_one_page_that_needs_nothing_else(monkeypatch):
     text = page([""], "single,multiplex", given, problems=2, chains=2)
     assert text.count("<article>") == 8 and text.count("<section>") == 2
     assert not re.search(r"https?:|src=|<script|@import|url\(", text)
+
+
+def test_a_real_models_read_out_counts_right_answers_by_problem(monkeypatch):
+    """With answers put into its mouth: right for the first chain of each problem."""
+    monkeypatch.syspath_prepend(DOCS)
+    real = runpy.run_path(str(DOCS / "real.py"))
+    folder = cli_model("model", "{{ messages[-1].content }}\n<think>\n")
+    how = {"smoke": True, "max_prompt_tokens": 300, "max_new_tokens": 6}
+    cfg = config("multiplex", **how, eval_problems=20, chains=3)
+    model, tokenizer = motg.load_model(cfg, folder)
+    tests, rollout = motg.test_problems(cfg, tokenizer), motg.rollout
+
+    def spoken(model, tokenizer, prompts, *more):
+        truth = {prompt: entry["answer"] for _, entry, prompt in tests}
+        replies = [f"a</think> <answer>{truth[prompt]}</answer>" for prompt in prompts]
+        texts = [text for reply in replies for text in (reply, "b</think> <answer>?</answer>", "c")]
+        return rollout(model, tokenizer, prompts, *more)._replace(texts=texts)
+
+    monkeypatch.setattr(motg, "rollout", spoken)
+    found = real["read_out"](model, tokenizer, cfg)
+    assert found["right"] == [1] * 20 and found["chains"] == 3 and len(found["samples"]) == 5
+    assert found["format"] == pytest.approx(2 / 3) and found["think_tokens"] > 0
+    assert [["?", 20], [None, 20]] == sorted(found["answers"][:2], key=str)

@@ -1,4 +1,4 @@
-"""The tables of docs/evidence.md and its figures, from docs/results alone.
+"""The tables of docs/evidence.md and docs/real.md and their figures, from docs/results alone.
 
     python docs/plot.py           fills in the tables and draws the figures (matplotlib)
     python docs/plot.py --tables  the tables only, which needs no package
@@ -185,9 +185,93 @@ def tables():
     }
 
 
-def filled(text):
-    """The text of evidence.md with each table between its markers."""
-    for name, table in tables().items():
+# ------------------------------------------------------------------------------ the real model
+def load_real(folder=HERE / "results/real"):
+    """Tasks' base read-outs, and runs: {(task, method, seed): result}."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    runs = {(x["task"], x["method"], x["seed"]): x for x in found if "method" in x}
+    return {x["task"]: x for x in found if "method" not in x}, runs
+
+
+def shares(read, keep=None):
+    """Of each problem (or those of `keep`), the share of its chains that were right."""
+    found = [n / read["chains"] for n in read["right"]]
+    return found if keep is None else [x for x, kept in zip(found, keep, strict=True) if kept]
+
+
+def with_error(values, sign=""):
+    """Mean ± standard error over problems."""
+    return f"{mean(values):{sign}.3f} ± {stdev(values) / len(values) ** 0.5:.3f}"
+
+
+def real_gains(bases, runs):
+    """Each run's own read-out before and after training, problem by problem."""
+    rows = []
+    for (task, method, seed), run in runs.items():
+        if task not in bases or method not in run["read_out"]:
+            continue
+        truths = bases[task]["truths"]
+        usual = max(set(truths), key=truths.count)
+        before, after = (x["read_out"][method] for x in (bases[task], run))
+        row = [task, method, seed, with_error(shares(before)), with_error(shares(after))]
+        gains = [b - a for a, b in zip(shares(before), shares(after), strict=True)]
+        row += [with_error(gains, "+"), f"{before['format']:.2f}, {after['format']:.2f}"]
+        row.append(f"{truths.count(usual) / len(truths):.2f}")
+        rare = [truth != usual for truth in truths]
+        row.append(", ".join(f"{mean(shares(x, rare)):.2f}" for x in (before, after)))
+        chains = before["problems"] * before["chains"]
+        said = [dict(x["answers"]).get(usual, 0) / chains for x in (before, after)]
+        rows.append([*row, ", ".join(f"{x:.2f}" for x in said)])
+    header = ["task", "method", "seed", "right before", "right after", "difference"]
+    header += [
+        "well formed",
+        "the commonest answer is right",
+        "right where it is not",
+        "it is said",
+    ]
+    return markdown(header, rows)
+
+
+def real_square(bases, runs):
+    """Trained with (rows) and read out with (columns)."""
+    rows = []
+    for task, base in bases.items():
+        trained = {"before training": base["read_out"]}
+        for (of, method, seed), run in runs.items():
+            if of == task:
+                trained[f"{method}, seed {seed}"] = run["read_out"]
+        for name, read in trained.items():
+            cells = [with_error(shares(read[m])) if m in read else "" for m in METHODS[:3]]
+            rows.append([task, name, *cells])
+    return markdown(["task", "trained with", *METHODS[:3]], rows)
+
+
+def real_mixing(bases, runs):
+    """What the own read-out mixes, before and after."""
+    rows, probes = [], ("entropy", "support", "one_hot", "distinct_tokens", "think_tokens")
+    for (task, method, seed), run in runs.items():
+        if task not in bases or method not in run["read_out"]:
+            continue
+        both = [x["read_out"][method] for x in (bases[task], run)]
+        cells = [", ".join(f"{x[probe]:.3g}" for x in both) for probe in probes]
+        rows.append([task, method, seed, *cells])
+    header = ["task", "method", "seed", "H(p), nats", "exp H(w)", "weight above 0.99"]
+    return markdown([*header, "distinct tokens", "thought's length"], rows)
+
+
+def real_tables():
+    """{name of a marker in docs/real.md: its table}."""
+    bases, runs = load_real()
+    makers = {"gains": real_gains, "square": real_square, "mixing": real_mixing}
+    return {name: make(bases, runs) for name, make in makers.items()}
+
+
+DOCUMENTS = {"evidence.md": tables, "real.md": real_tables}
+
+
+def filled(text, tables):
+    """A document's text with each table between its markers."""
+    for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text = re.sub(pattern, rf"\g<1>{table}\n\g<2>", text, flags=re.DOTALL)
     return text
@@ -306,11 +390,39 @@ def figures():
     figure.savefig(HERE / "square.png", dpi=130)
 
 
+def real_figure():
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    runs = load_real()[1]
+    tasks = list(dict.fromkeys(task for task, *_ in runs))
+    titles = {"correct": "right while training", "format": "well formed"}
+    titles |= {"no_gradient": "prompts without a gradient", "support": "exp H(w), tokens"}
+    size = {"figsize": (3.2 * len(titles), 2.6 * len(tasks)), "layout": "constrained"}
+    figure, axes = plt.subplots(len(tasks), len(titles), squeeze=False, sharex=True, **size)
+    for row, task in zip(axes, tasks, strict=True):
+        for ax, (probe, title) in zip(row, titles.items(), strict=True):
+            for method in METHODS[:3]:
+                color, line = MAIN[method]
+                mine = [x for (t, m, _), x in runs.items() if (t, m) == (task, method)]
+                for i, run in enumerate(mine):
+                    y = smooth(run["curves"][probe], 1)
+                    label = method if i == 0 else None
+                    ax.plot(range(1, len(y) + 1), y, color=color, linestyle=line, label=label)
+            ax.set(title=f"{task}: {title}")
+            ax.title.set_fontsize(9)
+    finish(figure, axes.flatten(), "real")
+
+
 def main():
-    path = HERE / "evidence.md"
-    path.write_text(filled(path.read_text()))
+    for name, make in DOCUMENTS.items():
+        path = HERE / name
+        path.write_text(filled(path.read_text(), make()))
     if "--tables" not in sys.argv[1:]:
         figures()
+        real_figure()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,153 @@
+"""A real model: SmolLM2-135M-Instruct trained by three methods on three Reasoning-Gym tasks.
+
+    python docs/real.py --jobs 2                             all runs on a CPU, one thread each
+    python docs/real.py --only gcd --seeds 1 --model FOLDER  some of them, weights from a folder
+
+A run is a task, a method and a seed. It trains, is read out by every method on the same held-out
+problems, and leaves docs/results/real/TASK-METHOD.SEED.json; TASK.json has the untrained model's
+read-outs. What is there is not repeated; a run that was cut off goes on from its checkpoint in
+runs/real. docs/real.md's tables and docs/real.png are drawn from these files by docs/plot.py.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from evidence import CURVES, about, save
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import motg  # noqa: E402
+
+RESULTS, RUNS = HERE / "results/real", HERE.parent / "runs/real"
+METHODS = ("single", "dirichlet", "different-tokens")
+TASKS = {
+    "gcd": {
+        "task_settings": '{"max_numbers": 2, "min_value": 2, "max_value": 30}',
+        "max_new_tokens": 56,
+    },
+    "syllogism": {},
+    "letter_counting": {"task_settings": '{"min_words": 3, "max_words": 5}'},
+}
+COMMON = {"max_prompt_tokens": 512, "max_new_tokens": 48, "temperature": 0.7}  # 0.9 babbles
+COMMON |= {"chains": 8, "prompts_per_step": 4, "accumulate": 1, "steps": 16, "save_every": 4}
+COMMON |= {"lr": 3e-5, "kl_beta": 0.0, "loss_average": "token", "micro_tokens": 768}
+PROBLEMS, CHAINS = 64, 4  # held out, and chains for each
+
+
+def config_of(task, method, seed=0, **more):
+    """The settings of a run, or of a read-out of it."""
+    settings = COMMON | TASKS[task] | more | {"shots": str(HERE / f"shots/{task}.json")}
+    settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    return motg.make_config(**settings | {"task": task, "method": method, "seed": seed})
+
+
+def name_of(task, method, seed):
+    return f"{task}-{method}.{seed}"
+
+
+def read_out(model, tokenizer, cfg):
+    """One model by one method on the held-out problems: right answers of each, and probes."""
+    tests, generator = motg.test_problems(cfg, tokenizer), torch.Generator(model.device)
+    generator.manual_seed(cfg.seed)
+    right, means, answers, samples = [], Counter(), Counter(), []
+    for part in [tests[i : i + 16] for i in range(0, len(tests), 16)]:
+        r = motg.rollout(model, tokenizer, [prompt for *_, prompt in part], cfg, generator)
+        of_chains = [problem for problem in part for _ in range(cfg.chains)]
+        parts = motg.rewards(of_chains, r.texts)
+        right += torch.tensor([p["correct"] for p in parts]).view(-1, cfg.chains).sum(1).tolist()
+        probes = motg.step_probes(r) | {"format": sum(p["format"] for p in parts) / len(parts)}
+        means.update({key: x * len(part) / len(tests) for key, x in probes.items()})
+        answers.update(motg.extract_answer(text) for text in r.texts)
+        for row in range(0, len(r.mask), 4 * cfg.chains):
+            shown = {"answer": of_chains[row][1]["answer"], "correct": parts[row]["correct"]}
+            question = of_chains[row][1]["question"]
+            samples.append(shown | {"q": question, "text": motg.readable(r, row, tokenizer)})
+    found = {"problems": len(tests), "chains": cfg.chains, "right": [int(n) for n in right]}
+    answers = [[answer, n] for answer, n in answers.most_common(4)]
+    return found | dict(means) | {"answers": answers, "samples": samples}
+
+
+def result_of(path):
+    """The result as far as it is there, and the methods whose read-outs are missing."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    return kept, [method for method in METHODS if method not in kept.get("read_out", {})]
+
+
+def fill(path, kept, missing, task, folder):
+    """Add the missing read-outs one by one: each is kept as soon as it is there."""
+    how = {"eval_problems": PROBLEMS, "chains": CHAINS}
+    model, tokenizer = motg.load_model(config_of(task, "single"), folder)
+    kept.setdefault("read_out", {})
+    for method in missing:
+        cfg = config_of(task, method, **how)
+        kept["read_out"][method] = read_out(model, tokenizer, cfg)
+        kept["truths"] = [entry["answer"] for _, entry, _ in motg.test_problems(cfg, tokenizer)]
+        save(path, kept)
+
+
+def base(task, folder):
+    """The untrained model, read out by every method."""
+    path = RESULTS / f"{task}.json"
+    kept, missing = result_of(path)
+    fill(path, kept | {"task": task, "about": about()}, missing, task, folder)
+
+
+def one_run(task, method, seed, folder):
+    """Train, keep the curves, read out."""
+    name = name_of(task, method, seed)
+    out, path, began = RUNS / name, RESULTS / f"{name}.json", time.perf_counter()
+    kept, missing = result_of(path)
+    if not kept:
+        resumed = (out / "config.json").exists()
+        if not (out / "result.json").exists():  # train's own evaluations are cut to one problem
+            more = {"out": str(out), "resume": resumed, "model": folder, "eval_problems": 1}
+            motg.train(config_of(task, method, seed, **more))
+        logs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        kept = {"task": task, "method": method, "seed": seed, "about": about()}
+        kept["seconds"] = None if resumed else round(time.perf_counter() - began)
+        kept["curves"] = {key: [log[key] for log in logs] for key in CURVES.split()}
+    fill(path, kept, missing, task, str(out / "checkpoint"))
+    (out / "trainer.pt").unlink(missing_ok=True)  # 1.6 GB that a finished run does not need
+
+
+def started(job, model):
+    """One job in a process of its own, on one thread: (task,) or (task, method, seed)."""
+    name = name_of(*job) if job[1:] else job[0]
+    if not result_of(RESULTS / f"{name}.json")[1]:
+        return
+    RUNS.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(HERE / "real.py"), "--model", model, "--run", *map(str, job)]
+    with open(RUNS / f"{name}.log", "a") as log:
+        env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        done = subprocess.run(command, check=False, env=env, stdout=log, stderr=log)
+    print(time.strftime("%H:%M:%S"), name, f"status {done.returncode}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--only", default=",".join(TASKS), help="tasks, with commas")
+    parser.add_argument("--methods", default=",".join(METHODS), help="methods, with commas")
+    parser.add_argument("--seeds", type=int, default=2, help="so many of each")
+    parser.add_argument("--run", nargs="*", help="one job, in this process: TASK [METHOD SEED]")
+    a = parser.parse_args()
+    if a.run:
+        task, *rest = a.run
+        return one_run(task, rest[0], int(rest[1]), a.model) if rest else base(task, a.model)
+    tasks, methods = a.only.split(","), a.methods.split(",")
+    jobs = [(t, m, s) for s in range(a.seeds) for t in tasks for m in methods]
+    with ThreadPoolExecutor(a.jobs) as pool:
+        list(pool.map(lambda job: started(job, a.model), jobs + [(t,) for t in tasks]))
+
+
+if __name__ == "__main__":
+    main()
