@@ -56,7 +56,7 @@ class Config:
     model: str = setting("Qwen/Qwen2.5-1.5B-Instruct", "a hub name or a local folder")  # the run
     task: str = setting("graph_color", "any Reasoning-Gym task; the paper's are in the README")
     task_settings: str = setting("{}", 'the task\'s own settings as JSON: {"max_value": 20}')
-    shots: str = setting("", "JSON file of [question, reply] pairs, shown before the question")
+    shots: str = setting("", "JSON file of [question, reply] pairs, replies from <think> on")
     method: str = setting("dirichlet", "a preset of METHODS; eval takes several with commas")
     seed: int = setting(0, "of the problems and the sampling")
     out: str = setting("", "the run's folder (if empty: runs/<command>-<method>-<seed>)")

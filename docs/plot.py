@@ -190,7 +190,9 @@ def load_real(folder=HERE / "results/real"):
     """Tasks' base read-outs, and runs: {(task, method, seed): result}."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     runs = {(x["task"], x["method"], x["seed"]): x for x in found if "method" in x}
-    return {x["task"]: x for x in found if "method" not in x}, runs
+    bases = {x["task"]: x for x in found if "method" not in x}
+    bases |= {f"{task}-partial": x for task, x in bases.items()}  # another score, the same problems
+    return bases, runs
 
 
 def shares(read, keep=None):
@@ -202,6 +204,14 @@ def shares(read, keep=None):
 def with_error(values, sign=""):
     """Mean ± standard error over problems."""
     return f"{mean(values):{sign}.3f} ± {stdev(values) / len(values) ** 0.5:.3f}"
+
+
+def said(read, answer):
+    """The share of chains that gave an answer; of the most frequent ones alone it is known."""
+    counts, chains = dict(read["answers"]), read["problems"] * read["chains"]
+    if answer in counts:
+        return f"{counts[answer] / chains:.2f}"
+    return f"≤ {min(counts.values()) / chains:.2f}"
 
 
 def real_gains(bases, runs):
@@ -219,9 +229,7 @@ def real_gains(bases, runs):
         row.append(f"{truths.count(usual) / len(truths):.2f}")
         rare = [truth != usual for truth in truths]
         row.append(", ".join(f"{mean(shares(x, rare)):.2f}" for x in (before, after)))
-        chains = before["problems"] * before["chains"]
-        said = [dict(x["answers"]).get(usual, 0) / chains for x in (before, after)]
-        rows.append([*row, ", ".join(f"{x:.2f}" for x in said)])
+        rows.append([*row, ", ".join(said(x, usual) for x in (before, after))])
     header = ["task", "method", "seed", "right before", "right after", "difference"]
     header += [
         "well formed",
@@ -235,8 +243,8 @@ def real_gains(bases, runs):
 def real_square(bases, runs):
     """Trained with (rows) and read out with (columns)."""
     rows = []
-    for task, base in bases.items():
-        trained = {"before training": base["read_out"]}
+    for task in dict.fromkeys(task for task, *_ in runs if task in bases):
+        trained = {"before training": bases[task]["read_out"]}
         for (of, method, seed), run in runs.items():
             if of == task:
                 trained[f"{method}, seed {seed}"] = run["read_out"]
@@ -409,9 +417,9 @@ def real_figure():
                 mine = [x for (t, m, _), x in runs.items() if (t, m) == (task, method)]
                 for i, run in enumerate(mine):
                     y = smooth(run["curves"][probe], 1)
-                    label = method if i == 0 else None
+                    label = method if i == 0 and probe == "correct" else None
                     ax.plot(range(1, len(y) + 1), y, color=color, linestyle=line, label=label)
-            ax.set(title=f"{task}: {title}")
+            ax.set(title=f"{task}: {title}", xlabel="GRPO step" if task == tasks[-1] else "")
             ax.title.set_fontsize(9)
     finish(figure, axes.flatten(), "real")
 

@@ -28,14 +28,14 @@ import motg  # noqa: E402
 
 RESULTS, RUNS = HERE / "results/real", HERE.parent / "runs/real"
 METHODS = ("single", "dirichlet", "different-tokens")
+GCD = {"task_settings": '{"max_numbers": 2, "min_value": 2, "max_value": 30}', "max_new_tokens": 56}
 TASKS = {
-    "gcd": {
-        "task_settings": '{"max_numbers": 2, "min_value": 2, "max_value": 30}',
-        "max_new_tokens": 56,
-    },
+    "gcd": GCD,
     "syllogism": {},
     "letter_counting": {"task_settings": '{"min_words": 3, "max_words": 5}'},
+    "gcd-partial": GCD,  # Reasoning-Gym's own score: see `all_or_nothing`
 }
+WHOLE = ("gcd", "letter_counting")
 COMMON = {"max_prompt_tokens": 512, "max_new_tokens": 48, "temperature": 0.7}  # 0.9 babbles
 COMMON |= {"chains": 8, "prompts_per_step": 4, "accumulate": 1, "steps": 16, "save_every": 4}
 COMMON |= {"lr": 3e-5, "kl_beta": 0.0, "loss_average": "token", "micro_tokens": 768}
@@ -44,13 +44,23 @@ PROBLEMS, CHAINS = 64, 4  # held out, and chains for each
 
 def config_of(task, method, seed=0, **more):
     """The settings of a run, or of a read-out of it."""
-    settings = COMMON | TASKS[task] | more | {"shots": str(HERE / f"shots/{task}.json")}
+    name = task.removesuffix("-partial")
+    settings = COMMON | TASKS[task] | more | {"shots": str(HERE / f"shots/{name}.json")}
     settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    return motg.make_config(**settings | {"task": task, "method": method, "seed": seed})
+    return motg.make_config(**settings | {"task": name, "method": method, "seed": seed})
 
 
 def name_of(task, method, seed):
     return f"{task}-{method}.{seed}"
+
+
+own_score = motg.score
+
+
+def all_or_nothing(task, answer, entry):
+    """Reasoning-Gym gives an answer that contains the right one a part of the score: "12" earns 0.5
+    where 1 is right, and where 2 is. Trained with that, a model learns to answer "24" or "232"."""
+    return float(own_score(task, answer, entry) == 1)
 
 
 def read_out(model, tokenizer, cfg):
@@ -71,7 +81,7 @@ def read_out(model, tokenizer, cfg):
             question = of_chains[row][1]["question"]
             samples.append(shown | {"q": question, "text": motg.readable(r, row, tokenizer)})
     found = {"problems": len(tests), "chains": cfg.chains, "right": [int(n) for n in right]}
-    answers = [[answer, n] for answer, n in answers.most_common(4)]
+    answers = [[answer, n] for answer, n in answers.most_common(8)]
     return found | dict(means) | {"answers": answers, "samples": samples}
 
 
@@ -102,6 +112,7 @@ def base(task, folder):
 
 def one_run(task, method, seed, folder):
     """Train, keep the curves, read out."""
+    motg.score = all_or_nothing if task in WHOLE else own_score
     name = name_of(task, method, seed)
     out, path, began = RUNS / name, RESULTS / f"{name}.json", time.perf_counter()
     kept, missing = result_of(path)
@@ -114,6 +125,7 @@ def one_run(task, method, seed, folder):
         kept = {"task": task, "method": method, "seed": seed, "about": about()}
         kept["seconds"] = None if resumed else round(time.perf_counter() - began)
         kept["curves"] = {key: [log[key] for log in logs] for key in CURVES.split()}
+    missing.sort(key=lambda read: read != method)  # its own first
     fill(path, kept, missing, task, str(out / "checkpoint"))
     (out / "trainer.pt").unlink(missing_ok=True)  # 1.6 GB that a finished run does not need
 
@@ -145,8 +157,9 @@ def main():
         return one_run(task, rest[0], int(rest[1]), a.model) if rest else base(task, a.model)
     tasks, methods = a.only.split(","), a.methods.split(",")
     jobs = [(t, m, s) for s in range(a.seeds) for t in tasks for m in methods]
+    bases = [(t,) for t in tasks if not t.endswith("-partial")]  # as for the task itself
     with ThreadPoolExecutor(a.jobs) as pool:
-        list(pool.map(lambda job: started(job, a.model), jobs + [(t,) for t in tasks]))
+        list(pool.map(lambda job: started(job, a.model), [*jobs, *bases]))
 
 
 if __name__ == "__main__":
