@@ -883,7 +883,7 @@ def smoke_model(cfg):
 # ------------------------------------------------------------------------------------ 11. probes
 def step_probes(r):
     """Means over thinking steps (nats, shares; a token drawn twice is one) and over chains."""
-    w = r.log_weights.exp()  # (B, T, k)
+    w = r.log_weights.exp()  # (B, T, k) of slots
     W = ((r.tokens[..., None] == r.tokens[..., None, :]) * w[..., None, :]).sum(-1)  # of tokens
     H = (w * (1 / W.clamp(min=1e-30)).log()).sum(-1)  # (B, T)
     of_steps = {"entropy": r.entropy, "weight_entropy": H, "support": H.exp()}

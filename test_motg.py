@@ -1783,8 +1783,7 @@ def test_the_readmes_commands_flags_and_links_exist_and_it_is_short():
         for method in given.pop("method", "dirichlet").split(","):
             motg.make_config(method, **given)
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z0-9_-]+)", README)}
-    real = re.findall(r'"--(\w+)"', (SOURCE.parent / "docs/real.py").read_text())
-    assert flags <= {*settings, *real, "help"}
+    assert flags <= set(settings) | {"help"}
     links = re.findall(r"\]\((?!http|#)([^)#\s]+)", README)
     assert links and all((SOURCE.parent / link).exists() for link in links)
     assert len(README.split()) <= 1800
@@ -1827,7 +1826,7 @@ def test_a_trace_is_one_page_that_needs_nothing_else(monkeypatch):
 
 
 def test_a_real_models_read_out_counts_right_answers_by_problem(monkeypatch):
-    """With answers put into its mouth: right for the first chain of each problem."""
+    """With answers put into its mouth: n % 3 of problem n's three chains are right."""
     monkeypatch.syspath_prepend(DOCS)
     real = runpy.run_path(str(DOCS / "real.py"))
     folder = cli_model("model", "{{ messages[-1].content }}\n<think>\n")
@@ -1835,15 +1834,16 @@ def test_a_real_models_read_out_counts_right_answers_by_problem(monkeypatch):
     cfg = config("multiplex", **how, eval_problems=20, chains=3)
     model, tokenizer = motg.load_model(cfg, folder)
     tests, rollout = motg.test_problems(cfg, tokenizer), motg.rollout
+    spoken = {prompt: (n % 3, entry["answer"]) for n, (_, entry, prompt) in enumerate(tests)}
 
-    def spoken(model, tokenizer, prompts, *more):
-        truth = {prompt: entry["answer"] for _, entry, prompt in tests}
-        replies = [f"a</think> <answer>{truth[prompt]}</answer>" for prompt in prompts]
-        texts = [text for reply in replies for text in (reply, "b</think> <answer>?</answer>", "c")]
+    def speak(model, tokenizer, prompts, *more):
+        texts = []
+        for n, answer in map(spoken.get, prompts):
+            texts += [f"a</think> <answer>{answer}</answer>"] * n + ["c"] * (3 - n)
         return rollout(model, tokenizer, prompts, *more)._replace(texts=texts)
 
-    monkeypatch.setattr(motg, "rollout", spoken)
+    monkeypatch.setattr(motg, "rollout", speak)
     found = real["read_out"](model, tokenizer, cfg)
-    assert found["right"] == [1] * 20 and found["chains"] == 3 and len(found["samples"]) == 5
-    assert found["format"] == pytest.approx(2 / 3) and found["think_tokens"] > 0
-    assert [["?", 20], [None, 20]] == sorted(found["answers"][:2], key=str)
+    assert found["right"] == [n % 3 for n in range(20)] and found["chains"] == 3
+    assert found["format"] == pytest.approx(19 / 60) and found["think_tokens"] > 0
+    assert found["answers"][0] == [None, 41] and len(found["samples"]) == 5

@@ -214,30 +214,32 @@ def said(read, answer):
     return f"≤ {min(counts.values()) / chains:.2f}"
 
 
-def real_gains(bases, runs):
-    """Each run's own read-out before and after training, problem by problem."""
-    rows = []
+def own_read_outs(bases, runs):
+    """[(task, method, seed, before, after)]: each run's own read-out, untrained and trained."""
+    found = []
     for (task, method, seed), run in runs.items():
-        if task not in bases or method not in run["read_out"]:
-            continue
+        both = [x.get("read_out", {}).get(method) for x in (bases.get(task, {}), run)]
+        if all(both):
+            found.append((task, method, seed, *both))
+    return found
+
+
+def real_gains(bases, runs):
+    """Right answers before and after training, problem by problem."""
+    rows = []
+    for task, method, seed, *both in own_read_outs(bases, runs):
         truths = bases[task]["truths"]
         usual = max(set(truths), key=truths.count)
-        before, after = (x["read_out"][method] for x in (bases[task], run))
-        row = [task, method, seed, with_error(shares(before)), with_error(shares(after))]
-        gains = [b - a for a, b in zip(shares(before), shares(after), strict=True)]
-        row += [with_error(gains, "+"), f"{before['format']:.2f}, {after['format']:.2f}"]
-        row.append(f"{truths.count(usual) / len(truths):.2f}")
         rare = [truth != usual for truth in truths]
-        row.append(", ".join(f"{mean(shares(x, rare)):.2f}" for x in (before, after)))
-        rows.append([*row, ", ".join(said(x, usual) for x in (before, after))])
-    header = ["task", "method", "seed", "right before", "right after", "difference"]
-    header += [
-        "well formed",
-        "the commonest answer is right",
-        "right where it is not",
-        "it is said",
-    ]
-    return markdown(header, rows)
+        gains = [b - a for a, b in zip(*map(shares, both), strict=True)]
+        row = [task, method, seed, *(with_error(shares(x)) for x in both), with_error(gains, "+")]
+        row.append(", ".join(f"{x['format']:.2f}" for x in both))
+        row.append(f"{truths.count(usual) / len(truths):.2f}")
+        row.append(", ".join(f"{mean(shares(x, rare)):.2f}" for x in both))
+        rows.append([*row, ", ".join(said(x, usual) for x in both)])
+    header = "task|method|seed|right before|right after|difference|well formed"
+    header += "|the commonest answer is right|right where it is not|it is said"
+    return markdown(header.split("|"), rows)
 
 
 def real_square(bases, runs):
@@ -257,10 +259,7 @@ def real_square(bases, runs):
 def real_mixing(bases, runs):
     """What the own read-out mixes, before and after."""
     rows, probes = [], ("entropy", "support", "one_hot", "distinct_tokens", "think_tokens")
-    for (task, method, seed), run in runs.items():
-        if task not in bases or method not in run["read_out"]:
-            continue
-        both = [x["read_out"][method] for x in (bases[task], run)]
+    for task, method, seed, *both in own_read_outs(bases, runs):
         cells = [", ".join(f"{x[probe]:.3g}" for x in both) for probe in probes]
         rows.append([task, method, seed, *cells])
     header = ["task", "method", "seed", "H(p), nats", "exp H(w)", "weight above 0.99"]
@@ -309,12 +308,7 @@ def finish(figure, axes, name):
     figure.savefig(HERE / f"{name}.png", dpi=130)
 
 
-def figures():
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
+def figures(plt):
     runs, base = load()
     styles = MAIN | {"multiplex": ("#009e73", ":"), "soft-grpo": ("#cc79a7", (0, (5, 1)))}
     styles |= {"lepo": ("#000000", (0, (1, 1)))}
@@ -398,12 +392,7 @@ def figures():
     figure.savefig(HERE / "square.png", dpi=130)
 
 
-def real_figure():
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
+def real_figure(plt):
     runs = load_real()[1]
     tasks = list(dict.fromkeys(task for task, *_ in runs))
     titles = {"correct": "right while training", "format": "well formed"}
@@ -429,8 +418,13 @@ def main():
         path = HERE / name
         path.write_text(filled(path.read_text(), make()))
     if "--tables" not in sys.argv[1:]:
-        figures()
-        real_figure()
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        from matplotlib import pyplot
+
+        figures(pyplot)
+        real_figure(pyplot)
 
 
 if __name__ == "__main__":

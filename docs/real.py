@@ -92,14 +92,15 @@ def result_of(path):
 
 
 def fill(path, kept, missing, task, folder):
-    """Add the missing read-outs one by one: each is kept as soon as it is there."""
+    """Add the missing read-outs, each kept as soon as it is there; to the base, what is right."""
     how = {"eval_problems": PROBLEMS, "chains": CHAINS}
     model, tokenizer = motg.load_model(config_of(task, "single"), folder)
     kept.setdefault("read_out", {})
     for method in missing:
         cfg = config_of(task, method, **how)
         kept["read_out"][method] = read_out(model, tokenizer, cfg)
-        kept["truths"] = [entry["answer"] for _, entry, _ in motg.test_problems(cfg, tokenizer)]
+        if "method" not in kept:
+            kept["truths"] = [entry["answer"] for _, entry, _ in motg.test_problems(cfg, tokenizer)]
         save(path, kept)
 
 
