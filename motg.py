@@ -38,6 +38,7 @@ import transformers
 from tqdm import tqdm
 
 transformers.utils.logging.disable_progress_bar()
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a bf16 update on a CPU, a third less
 INF, TAG = math.inf, "</think>"
 
 # ---------------------------------------------------------------------------------- 1. settings
@@ -956,8 +957,7 @@ def update(policy, reference, optimizer, r, advantages, cfg, lr):
         old = new.detach()  # one update a batch: it is this policy that has sampled
         loss, stats = grpo_loss(new, old, ref, advantages[rows], part.sampled, cfg, chains, tokens)
         loss.backward()
-        gap = (old - part.logprob).abs().sum().item() / tokens
-        log.update(stats | {"sampler_gap": gap})
+        log.update(stats | {"sampler_gap": (old - part.logprob).abs().sum().item() / tokens})
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip).item()
     optimizer.param_groups[0]["lr"] = lr
     if math.isfinite(norm):  # else the update is skipped, and that is logged
