@@ -38,7 +38,7 @@ import transformers
 from tqdm import tqdm
 
 transformers.utils.logging.disable_progress_bar()
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a bf16 update on a CPU, a third less
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a CPU makes bf16 updates faster
 INF, TAG = math.inf, "</think>"
 
 # ---------------------------------------------------------------------------------- 1. settings
@@ -116,6 +116,8 @@ SMOKE = {"model": "", "task": "chain_sum", "max_new_tokens": 40, "loss_average":
 SMOKE |= {"task_settings": '{"min_terms": 3, "max_terms": 4, "max_digits": 1}', "kl_beta": 0.01}
 SMOKE |= {"chains": 8, "prompts_per_step": 16, "accumulate": 1, "steps": 80, "save_every": 40}
 SMOKE |= {"lr": 3e-5, "grad_clip": 1.0, "micro_tokens": 1024, "eval_problems": 256}
+WORDS = ["State the final answer to the following arithmetic problem: ", "easy", TAG, " <answer>"]
+WORDS += ["</answer>", " + ", " - ", " = ", ", ", " =", *map(str, range(100))]
 OR_ZERO = {"moi_beta", "end_entropy", "steps", "lr", "warmup", "kl_beta", "clip"}
 LARGEST = {"top_p": 1, "min_p": 1, "warmup": 1, "clip": 1, "seed": 10**6 - 1}
 
@@ -842,9 +844,7 @@ def warm_start(steps=500, batch=64, lr=2e-3):
     """A small Qwen2 and its tokenizer, trained on demonstrations, in about a minute."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     bpe = tokenizers.ByteLevelBPETokenizer({c: i for i, c in enumerate(alphabet)}, [])
-    words = ["State the final answer to the following arithmetic problem: ", "easy", TAG]
-    words += [" <answer>", "</answer>", " + ", " - ", " = ", ", ", " =", *map(str, range(100))]
-    bpe.add_tokens(words)
+    bpe.add_tokens(WORDS)
     how = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     how["chat_template"] = "{{ messages[-1].content }}\n<think>\n"  # without the system's turn
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **how)

@@ -6,7 +6,8 @@
 A run is a variant of VARIANTS and a seed. It trains, is read out by other methods, and leaves
 docs/results/VARIANT.SEED.json: settings, accuracies, probes, and thinned metrics. One that is there
 is not repeated; one that was cut off goes on from its checkpoint in runs/evidence. The tables and
-figures are drawn from docs/results alone, by docs/plot.py.
+figures are drawn from docs/results alone, by docs/plot.py. Variants named "paths ..." are of the
+second world, docs/paths.py.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +26,13 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import paths  # noqa: E402
+
 import motg  # noqa: E402
 
 RESULTS, RUNS = HERE / "results", HERE.parent / "runs/evidence"
 METHODS = ("single", "dirichlet", "different-tokens", "multiplex", "soft-grpo", "lepo")
+PATHS = tuple(f"paths {method}" for method in METHODS[:4])
 READOUTS = {name: {"method": name} for name in (*METHODS, "soft-thinking")}
 for T in (0.5, 0.1):  # would less noise do the same?
     READOUTS[f"single T={T}"] = {"method": "single", "temperature": T}
@@ -82,10 +87,17 @@ def variants():
         found[f"dirichlet k={k}"] = {"method": "dirichlet", "k": k}, 3
     for c in (0.1, 10.0, 100.0):
         found[f"dirichlet c={c:g}"] = {"method": "dirichlet", "concentration": c}, 3
+    for name in PATHS:  # 11
+        found[name] = {"method": name.removeprefix("paths ")}, 5
     return found
 
 
 VARIANTS = variants()
+
+
+def world_of(name):
+    """The context of a variant: motg's own smoke mode, or the second world."""
+    return paths.world(RUNS / "paths") if name in ("paths", *PATHS) else nullcontext()
 
 
 def read_out(model, tokenizer, cfg, tests, names, chains=4):
@@ -130,7 +142,7 @@ def result_of(name, seed):
     """The result as far as it is there, and the names of the read-outs that are missing."""
     path = path_of(name, seed)
     kept = json.loads(path.read_text()) if path.exists() else {}
-    wanted = ("own", *READOUTS) if name in METHODS else ("own", "single")
+    wanted = ("own", *READOUTS) if name in (*METHODS, *PATHS) else ("own", "single")
     return kept, [read for read in wanted if read not in kept.get("read_out", {})]
 
 
@@ -158,12 +170,12 @@ def one_run(name, seed):
     save(path_of(name, seed), kept)
 
 
-def base():
-    """The model that all runs start from, read out by every method."""
+def base(name):
+    """The model that all runs of a world start from, read out by every method."""
     cfg = motg.make_config(smoke=True)
     model, tokenizer = motg.load_model(cfg, motg.smoke_model(cfg))
     found = read_out(model, tokenizer, cfg, motg.test_problems(cfg, tokenizer), READOUTS, 8)
-    save(RESULTS / "base.json", {"read_out": found, "about": about()})
+    save(RESULTS / f"{name}.json", {"read_out": found, "about": about()})
 
 
 def about():
@@ -204,9 +216,13 @@ def main():
     a = parser.parse_args()
     if a.run:
         torch.set_num_threads(1)
-        return one_run(a.run, a.seed)
-    if not (RESULTS / "base.json").exists():
-        base()
+        with world_of(a.run):
+            return one_run(a.run, a.seed)
+    paths.make_base(RUNS / "paths")
+    for name in ("base", "paths"):
+        if not (RESULTS / f"{name}.json").exists():
+            with world_of(name):
+                base(name)
     only = a.only.split(",") if a.only else VARIANTS
     jobs = [(v, seed) for seed in range(a.seeds) for v in only if seed < VARIANTS[v][1]]
     with ThreadPoolExecutor(a.jobs) as pool:
