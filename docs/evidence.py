@@ -173,7 +173,7 @@ def one_run(name, seed):
 def base(name):
     """The model that all runs of a world start from, read out by every method."""
     cfg = motg.make_config(smoke=True)
-    model, tokenizer = motg.load_model(cfg, motg.smoke_model(cfg))
+    model, tokenizer = motg.load_model(cfg, cfg.model or motg.smoke_model(cfg))
     found = read_out(model, tokenizer, cfg, motg.test_problems(cfg, tokenizer), READOUTS, 8)
     save(RESULTS / f"{name}.json", {"read_out": found, "about": about()})
 
