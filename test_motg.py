@@ -1847,3 +1847,40 @@ def test_a_real_models_read_out_counts_right_answers_by_problem(monkeypatch):
     assert found["right"] == [n % 3 for n in range(20)] and found["chains"] == 3
     assert found["format"] == pytest.approx(19 / 60) and found["think_tokens"] > 0
     assert found["answers"][0] == [None, 41] and len(found["samples"]) == 5
+
+
+def test_the_second_worlds_ways_are_shortest_and_its_thoughts_name_their_cells():
+    """Against Reasoning-Gym's own search and scorer, and by walking the answer's directions."""
+    paths = runpy.run_path(str(DOCS / "paths.py"))
+    items, seen = motg.dataset("shortest_path", 0, paths["SETTINGS"]), Counter()
+    shift = {"right": (0, 1), "down": (1, 0), "left": (0, -1), "up": (-1, 0)}
+    for n in range(300):
+        matrix = items[n]["metadata"]["matrix"]
+        i, j = next((i, j) for i in range(4) for j in range(4) if matrix[i][j] == "*")
+        goal = next((i, j) for i in range(4) for j in range(4) if matrix[i][j] == "#")
+        text = paths["demonstration"](items[n], random.Random(n))
+        thought, _, reply = text.removesuffix("<|im_end|>").partition("</think> ")
+        answer = motg.extract_answer(f"</think>{reply}")
+        right = items.score_answer(answer, items[n])
+        if thought == "easy":
+            seen["guess"] += 1
+            continue
+        _, moves = paths["way"](matrix, random.Random(n))
+        assert len(moves) == len(items[n]["metadata"]["solution"])
+        assert right == 1 or len(answer.split()) == abs(i - goal[0]) + abs(j - goal[1])
+        seen["right" if right == 1 else "walls"] += 1
+        if thought == "none":
+            assert answer == "infeasible"
+            continue
+        for move, name in zip(answer.split(), thought.split(), strict=True):
+            i, j = i + shift[move][0], j + shift[move][1]
+            assert name == "abcd"[i] + "1234"[j]
+        assert (i, j) == goal
+    assert min(seen[kind] for kind in ("guess", "right", "walls")) > 30
+    open_grid = [["*", "O", "X", "X"], ["O", "#", "X", "X"], ["X"] * 4, ["X"] * 4]
+    ways = {tuple(paths["way"](open_grid, random.Random(n))[1]) for n in range(20)}
+    assert ways == {("right", "down"), ("down", "right")}
+    smoke = motg.SMOKE
+    with paths["world"]("folder"):
+        assert motg.make_config(smoke=True).task == "shortest_path"
+    assert motg.SMOKE is smoke
