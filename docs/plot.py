@@ -15,18 +15,21 @@ from statistics import mean, stdev
 
 HERE = Path(__file__).resolve().parent
 METHODS = ("single", "dirichlet", "different-tokens", "multiplex", "soft-grpo", "lepo")
+PATHS = tuple(f"paths {method}" for method in METHODS[:4])
 STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5%, by df
 MAIN = dict(zip(METHODS[:3], (("#777777", "--"), ("#0072b2", "-"), ("#d55e00", "-."))))
 
 
 def load(folder=HERE / "results"):
-    """{variant: {seed: result}}, and the base model's read-outs."""
-    runs = {}
+    """{variant: {seed: result}}, and the read-outs of the two worlds' base models."""
+    runs, bases = {}, []
     for path in sorted(folder.glob("*.[0-9].json")):
         run = json.loads(path.read_text())
         runs.setdefault(run["variant"], {})[run["seed"]] = run
-    base = folder / "base.json"
-    return runs, json.loads(base.read_text())["read_out"] if base.exists() else {}
+    for name in ("base", "paths"):
+        path = folder / f"{name}.json"
+        bases.append(json.loads(path.read_text())["read_out"] if path.exists() else {})
+    return runs, *bases
 
 
 def interval(values):
@@ -92,11 +95,11 @@ def support(runs):
     return markdown(["method", "of the weights", "first", "middle", "last"], rows)
 
 
-def square(runs, base):
+def square(runs, base, methods=METHODS):
     """Trained with (rows) and read out with (columns)."""
     columns = list(base)
     rows = [["before training", *(f"{base[name]['pass@1']:.2f}" for name in columns)]]
-    for name in METHODS:
+    for name in methods:
         found = [run["read_out"] for run in runs.get(name, {}).values()]
         if found:
             values = [[r[column]["pass@1"] for r in found if column in r] for column in columns]
@@ -151,10 +154,11 @@ def against_trl(folder=HERE / "results"):
 
 def tables():
     """{name of a marker in docs/evidence.md: its table}."""
-    runs, base = load()
+    runs, base, paths_base = load()
     steps = ("H(p) at the end", lambda r: last(r, "entropy"))
     tokens = ("1,000 tokens sampled", lambda r: sum(sampled(r)) / 1000)
     length = ("thought's length", lambda r: last(r, "think_tokens"))
+    mixed = [steps, ("exp H(w) at the end", lambda r: last(r, "support"))]
     of = {name: [v for v in runs if v.startswith(f"{name} ")] for name in METHODS}
     scores = ("representative", "weighted", "exact", "exact+1")
     kinds = [
@@ -180,6 +184,8 @@ def tables():
         "square": square(runs, base),
         "why": why(runs, base),
         "ends": comparison(runs, ends),
+        "paths": comparison(runs, PATHS, "paths single", mixed),
+        "paths_square": square(runs, paths_base, PATHS),
         "bias": bias(),
         "trl": against_trl(),
     }
@@ -309,7 +315,7 @@ def finish(figure, axes, name):
 
 
 def figures(plt):
-    runs, base = load()
+    runs, base, _ = load()
     styles = MAIN | {"multiplex": ("#009e73", ":"), "soft-grpo": ("#cc79a7", (0, (5, 1)))}
     styles |= {"lepo": ("#000000", (0, (1, 1)))}
 
@@ -325,6 +331,17 @@ def figures(plt):
                 band(ax, range(1, 81), curves(name, "correct"), label, *styles[name])
         ax.set(xlabel="GRPO step", ylabel="right answers, unseen problems", xlim=(1, 80))
     finish(figure, axes, "learning")
+
+    # the second world: what is learned, and what is mixed
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for ax, probe in zip(axes, ("correct", "support"), strict=True):
+        for name in filter(runs.__contains__, PATHS):
+            of = name.removeprefix("paths ")
+            label = f"{of} ({len(runs[name])} seeds)"
+            band(ax, range(1, 81), curves(name, probe), label, *styles[of])
+    axes[0].set(xlabel="GRPO step", ylabel="right answers, unseen problems")
+    axes[1].set(xlabel="GRPO step", ylabel="effective support exp H(w), tokens")
+    finish(figure, axes, "paths")
 
     # accuracy against tokens, G and G / 2
     figure, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
