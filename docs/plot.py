@@ -198,7 +198,7 @@ def load_real(folder=HERE / "results/real"):
     runs = {(x["task"], x["method"], x["seed"]): x for x in found if "method" in x}
     bases = {x["task"]: x for x in found if "method" not in x}
     bases |= {f"{task}-partial": x for task, x in bases.items()}  # another score, the same problems
-    return bases, runs
+    return bases, dict(sorted(runs.items()))
 
 
 def shares(read, keep=None):
@@ -238,12 +238,13 @@ def real_gains(bases, runs):
         usual = max(set(truths), key=truths.count)
         rare = [truth != usual for truth in truths]
         gains = [b - a for a, b in zip(*map(shares, both), strict=True)]
-        row = [task, method, seed, *(with_error(shares(x)) for x in both), with_error(gains, "+")]
+        row = [task, method, seed, "bf16" if runs[task, method, seed]["bf16"] else "fp32"]
+        row += [*(with_error(shares(x)) for x in both), with_error(gains, "+")]
         row.append(", ".join(f"{x['format']:.2f}" for x in both))
         row.append(f"{truths.count(usual) / len(truths):.2f}")
         row.append(", ".join(f"{mean(shares(x, rare)):.2f}" for x in both))
         rows.append([*row, ", ".join(said(x, usual) for x in both)])
-    header = "task|method|seed|right before|right after|difference|well formed"
+    header = "task|method|seed|trained in|right before|right after|difference|well formed"
     header += "|the commonest answer is right|right where it is not|it is said"
     return markdown(header.split("|"), rows)
 
