@@ -89,6 +89,8 @@ def variants():
         found[f"dirichlet c={c:g}"] = {"method": "dirichlet", "concentration": c}, 3
     for name in PATHS:  # 11
         found[name] = {"method": name.removeprefix("paths ")}, 5
+    found["paths single T=0.7"] = {"method": "single", "temperature": 0.7}, 5
+    found["paths noise"] = {"method": "dirichlet", "sampling": "stranger"}, 3
     return found
 
 
@@ -97,7 +99,7 @@ VARIANTS = variants()
 
 def world_of(name):
     """The context of a variant: motg's own smoke mode, or the second world."""
-    return paths.world(RUNS / "paths") if name in ("paths", *PATHS) else nullcontext()
+    return paths.world(RUNS / "paths") if name.startswith("paths") else nullcontext()
 
 
 def read_out(model, tokenizer, cfg, tests, names, chains=4):

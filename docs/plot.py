@@ -16,6 +16,7 @@ from statistics import mean, stdev
 HERE = Path(__file__).resolve().parent
 METHODS = ("single", "dirichlet", "different-tokens", "multiplex", "soft-grpo", "lepo")
 PATHS = tuple(f"paths {method}" for method in METHODS[:4])
+CONTROLS = ("paths single T=0.7", "paths noise")
 STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5%, by df
 MAIN = dict(zip(METHODS[:3], (("#777777", "--"), ("#0072b2", "-"), ("#d55e00", "-."))))
 
@@ -184,7 +185,7 @@ def tables():
         "square": square(runs, base),
         "why": why(runs, base),
         "ends": comparison(runs, ends),
-        "paths": comparison(runs, PATHS, "paths single", mixed),
+        "paths": comparison(runs, [*PATHS, *CONTROLS], "paths single", mixed),
         "paths_square": square(runs, paths_base, PATHS),
         "bias": bias(),
         "trl": against_trl(),
@@ -197,7 +198,8 @@ def load_real(folder=HERE / "results/real"):
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     runs = {(x["task"], x["method"], x["seed"]): x for x in found if "method" in x}
     bases = {x["task"]: x for x in found if "method" not in x}
-    bases |= {f"{task}-partial": x for task, x in bases.items()}  # another score, the same problems
+    of = {task: task.partition("-")[0] for task, *_ in runs}  # with the same problems
+    bases = {task: bases[name] for task, name in of.items() if name in bases}
     return bases, dict(sorted(runs.items()))
 
 
@@ -338,7 +340,7 @@ def figures(plt):
     for ax, probe in zip(axes, ("correct", "support"), strict=True):
         for name in filter(runs.__contains__, PATHS):
             of = name.removeprefix("paths ")
-            label = f"{of} ({len(runs[name])} seeds)"
+            label = f"{of} ({len(runs[name])} seeds)" if probe == "correct" else None
             band(ax, range(1, 81), curves(name, probe), label, *styles[of])
     axes[0].set(xlabel="GRPO step", ylabel="right answers, unseen problems")
     axes[1].set(xlabel="GRPO step", ylabel="effective support exp H(w), tokens")

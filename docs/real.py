@@ -29,16 +29,16 @@ import motg  # noqa: E402
 RESULTS, RUNS = HERE / "results/real", HERE.parent / "runs/real"
 METHODS = ("single", "dirichlet", "different-tokens")
 GCD = {"task_settings": '{"max_numbers": 2, "min_value": 2, "max_value": 30}', "max_new_tokens": 56}
+SUMS = {"task_settings": '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}'}
 TASKS = {
     "gcd": GCD,
     "syllogism": {},
     "letter_counting": {"task_settings": '{"min_words": 3, "max_words": 5}'},
-    "chain_sum": {  # no answer is right for many problems
-        "task_settings": '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}'
-    },
+    "chain_sum": SUMS,  # no answer is right for many problems
+    "chain_sum-slow": SUMS | {"lr": 1e-5, "prompts_per_step": 8},
     "gcd-partial": GCD,  # Reasoning-Gym's own score: see `all_or_nothing`
 }
-WHOLE = ("gcd", "letter_counting", "chain_sum")
+OWN_SCORE = ("syllogism", "gcd-partial")
 COMMON = {"max_prompt_tokens": 512, "max_new_tokens": 48, "temperature": 0.7}  # 0.9 babbles
 COMMON |= {"chains": 8, "prompts_per_step": 4, "accumulate": 1, "steps": 16, "save_every": 4}
 COMMON |= {"lr": 3e-5, "kl_beta": 0.0, "loss_average": "token", "micro_tokens": 768}
@@ -47,7 +47,7 @@ PROBLEMS, CHAINS = 64, 4  # held out, and chains for each
 
 def config_of(task, method, seed=0, **more):
     """The settings of a run, or of a read-out of it."""
-    name = task.removesuffix("-partial")
+    name = task.partition("-")[0]
     settings = COMMON | TASKS[task] | more | {"shots": str(HERE / f"shots/{name}.json")}
     settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     return motg.make_config(**settings | {"task": name, "method": method, "seed": seed})
@@ -116,7 +116,7 @@ def base(task, folder):
 
 def one_run(task, method, seed, folder):
     """Train, keep the curves, read out."""
-    motg.score = all_or_nothing if task in WHOLE else own_score
+    motg.score = own_score if task in OWN_SCORE else all_or_nothing
     name = name_of(task, method, seed)
     out, path, began = RUNS / name, RESULTS / f"{name}.json", time.perf_counter()
     kept, missing = result_of(path)
@@ -162,7 +162,7 @@ def main():
         return one_run(task, rest[0], int(rest[1]), a.model) if rest else base(task, a.model)
     tasks, methods = a.only.split(","), a.methods.split(",")
     jobs = [(t, m, s) for s in range(a.seeds) for t in tasks for m in methods]
-    bases = [(t,) for t in tasks if not t.endswith("-partial")]  # as for the task itself
+    bases = [(t,) for t in tasks if "-" not in t]  # the others have the same problems
     with ThreadPoolExecutor(a.jobs) as pool:
         list(pool.map(lambda job: started(job, a.model), [*jobs, *bases]))
 
