@@ -29,13 +29,17 @@ import motg  # noqa: E402
 RESULTS, RUNS = HERE / "results/real", HERE.parent / "runs/real"
 METHODS = ("single", "dirichlet", "different-tokens")
 GCD = {"task_settings": '{"max_numbers": 2, "min_value": 2, "max_value": 30}', "max_new_tokens": 56}
+LETTERS = {"task_settings": '{"min_words": 3, "max_words": 5}'}
 SUMS = {"task_settings": '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}'}
+SLOW = {"lr": 1e-5, "prompts_per_step": 8}
 TASKS = {
     "gcd": GCD,
     "syllogism": {},
-    "letter_counting": {"task_settings": '{"min_words": 3, "max_words": 5}'},
+    "letter_counting": LETTERS,
     "chain_sum": SUMS,  # no answer is right for many problems
-    "chain_sum-slow": SUMS | {"lr": 1e-5, "prompts_per_step": 8},
+    "chain_sum-slow": SUMS | SLOW,
+    "letter_counting-slow": LETTERS | SLOW,
+    "gcd-slow": GCD | SLOW,
     "gcd-partial": GCD,  # Reasoning-Gym's own score: see `all_or_nothing`
 }
 OWN_SCORE = ("syllogism", "gcd-partial")
