@@ -1884,3 +1884,15 @@ def test_the_second_worlds_ways_are_shortest_and_its_thoughts_name_their_cells()
     with paths["world"]("folder"):
         assert motg.make_config(smoke=True).task == "shortest_path"
     assert motg.SMOKE is smoke
+
+
+def test_all_or_nothing_gives_no_part_and_a_slow_task_is_the_same_task(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    real = runpy.run_path(str(DOCS / "real.py"))
+    cfg = real["config_of"]("gcd", "single")
+    items = motg.dataset("gcd", 0, cfg.task_settings)
+    entry = next(items[n] for n in range(500) if items[n]["answer"] == "1")
+    assert 0 < motg.score("gcd", "12", entry) < 1
+    assert [real["all_or_nothing"]("gcd", answer, entry) for answer in ("12", "1")] == [0, 1]
+    slow = real["config_of"]("gcd-slow", "single")
+    assert (slow.task, slow.task_settings) == ("gcd", cfg.task_settings) and slow.lr < cfg.lr
