@@ -1886,6 +1886,38 @@ def test_the_second_worlds_ways_are_shortest_and_its_thoughts_name_their_cells()
     assert motg.SMOKE is smoke
 
 
+def test_hidden_entropy_in_windows_is_that_of_each_thoughts_own_steps(monkeypatch):
+    """Against `hidden_probes` of one thought at a time, cut to the window's steps."""
+    monkeypatch.syspath_prepend(DOCS)
+    evidence = runpy.run_path(str(DOCS / "evidence.py"))
+    folder = cli_model("model", "{{ messages[-1].content }}\n<think>\n")
+    how = {"smoke": True, "max_prompt_tokens": 300, "max_new_tokens": 11}
+    cfg = config("multiplex", **how, eval_problems=6, chains=4)
+    model, tokenizer = motg.load_model(cfg, folder)
+    kept, rollout = [], motg.rollout
+
+    def cut(*given):  # the random model never closes a thought: end the n-th at step n
+        r = rollout(*given)
+        steps = torch.arange(r.mask.shape[1]).expand_as(r.mask)
+        kept.append(r._replace(thinking=steps < torch.arange(len(r.mask))[:, None]))
+        return kept[-1]
+
+    monkeypatch.setattr(motg, "rollout", cut)
+    odd, W = (lambda _, texts: [{"correct": i % 2} for i in range(len(texts))]), evidence["WINDOW"]
+    monkeypatch.setattr(motg, "rewards", odd)
+    found = evidence["windows"](model, tokenizer, cfg, motg.test_problems(cfg, tokenizer))["own"]
+    for window in range(2):
+        for outcome, rows in (("right", range(1, 24, 2)), ("wrong", range(0, 24, 2))):
+            rows, values = [row for row in rows if row >= W * (window + 1)], []
+            for row in rows:
+                one = kept[0].select(torch.tensor([row]))
+                inside = one._replace(thinking=torch.zeros_like(one.mask))
+                inside.thinking[:, W * window : W * (window + 1)] = True
+                values.append(motg.hidden_probes(model, inside, cfg)["hidden_entropy"][-1])
+            assert found[outcome][window][0] == len(rows) > 5
+            assert found[outcome][window][1] == pytest.approx(sum(values) / len(rows), abs=1e-5)
+
+
 def test_all_or_nothing_gives_no_part_and_a_slow_task_is_the_same_task(monkeypatch):
     monkeypatch.syspath_prepend(DOCS)
     real = runpy.run_path(str(DOCS / "real.py"))

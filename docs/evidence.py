@@ -36,6 +36,7 @@ PATHS = tuple(f"paths {method}" for method in METHODS[:4])
 READOUTS = {name: {"method": name} for name in (*METHODS, "soft-thinking")}
 for T in (0.5, 0.1):  # would less noise do the same?
     READOUTS[f"single T={T}"] = {"method": "single", "temperature": T}
+WINDOW = 4  # thinking steps
 CURVES = "reward correct format entropy weight_entropy support one_hot distinct_tokens think_tokens"
 CURVES += " answer_tokens truncated kl grad_norm sampler_gap no_gradient"
 
@@ -126,11 +127,33 @@ def right_and_wrong(model, tokenizer, cfg, tests):
     return found
 
 
+@torch.no_grad()
+def windows(model, tokenizer, cfg, tests):
+    """Hidden-state entropy of the last layer along the thought, in windows of so many steps that
+    all thoughts compare, whatever their length: {read-out: {outcome: [(thoughts, mean)]}}."""
+    found = {}
+    for name, how in (("own", cfg), ("single", motg.make_config(smoke=True, seed=cfg.seed))):
+        generator = torch.Generator().manual_seed(cfg.seed)
+        r = motg.rollout(model, tokenizer, [prompt for *_, prompt in tests], how, generator)
+        parts = motg.rewards([problem for problem in tests for _ in range(how.chains)], r.texts)
+        correct = torch.tensor([p["correct"] == 1 for p in parts])
+        states = motg.completion_hidden(model, r, how, r.log_weights)[-1]  # (B, T, d)
+        found[name] = {"right": [], "wrong": []}
+        for end in range(WINDOW, r.mask.shape[1] + 1, WINDOW):
+            entropy = motg.hidden_state_entropy(states[:, end - WINDOW : end])
+            inside = r.thinking[:, end - 1]
+            for outcome, rows in (("right", inside & correct), ("wrong", inside & ~correct)):
+                values = entropy[rows]
+                mean = values.mean().item() if len(values) else None
+                found[name][outcome].append((len(values), mean))
+    return found
+
+
 def rounded(x, digits=4):
     """Numbers, and those in lists and dictionaries, with so many significant digits."""
     if isinstance(x, dict):
         return {name: rounded(value, digits) for name, value in x.items()}
-    if isinstance(x, list):
+    if isinstance(x, (list, tuple)):
         return [rounded(value, digits) for value in x]
     return float(f"{x:.{digits}g}") if isinstance(x, float) else x
 
@@ -146,6 +169,13 @@ def result_of(name, seed):
     kept = json.loads(path.read_text()) if path.exists() else {}
     wanted = ("own", *READOUTS) if name in (*METHODS, *PATHS) else ("own", "single")
     return kept, [read for read in wanted if read not in kept.get("read_out", {})]
+
+
+def finished(name, seed):
+    """Nothing is missing, but for what an old result lacks and only its lost checkpoint had."""
+    kept, missing = result_of(name, seed)
+    trained = (RUNS / path_of(name, seed).stem / "result.json").exists()
+    return not missing and ("windows" in kept or not trained)
 
 
 def one_run(name, seed):
@@ -168,6 +198,8 @@ def one_run(name, seed):
         logs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         kept["curves"] = {key: [log[key] for log in logs] for key in CURVES.split()}
         kept["right_and_wrong"] = right_and_wrong(model, tokenizer, cfg, tests[:64])
+    if "windows" not in kept:
+        kept["windows"] = windows(model, tokenizer, cfg, tests)
     kept["read_out"] |= read_out(model, tokenizer, cfg, tests, missing)
     save(path_of(name, seed), kept)
 
@@ -198,7 +230,7 @@ def save(path, kept):
 def started(job):
     """One job in a process of its own, on one thread."""
     name, seed = job
-    if not result_of(name, seed)[1]:
+    if finished(name, seed):
         return
     RUNS.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(HERE / "evidence.py"), "--run", name, "--seed", str(seed)]
@@ -213,6 +245,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--only", default="", help="variants, with commas")
     parser.add_argument("--seeds", type=int, default=8, help="at most so many of each")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--run", help="one variant, in this process")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
@@ -226,7 +259,7 @@ def main():
             with world_of(name):
                 base(name)
     only = a.only.split(",") if a.only else VARIANTS
-    jobs = [(v, seed) for seed in range(a.seeds) for v in only if seed < VARIANTS[v][1]]
+    jobs = [(v, a.first + n) for n in range(a.seeds) for v in only if n < VARIANTS[v][1]]
     with ThreadPoolExecutor(a.jobs) as pool:
         list(pool.map(started, jobs))
 

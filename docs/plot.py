@@ -17,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 METHODS = ("single", "dirichlet", "different-tokens", "multiplex", "soft-grpo", "lepo")
 PATHS = tuple(f"paths {method}" for method in METHODS[:4])
 CONTROLS = ("paths single T=0.7", "paths noise")
+WINDOWS, STEPS = 5, 4  # along a thought: docs/evidence.py's WINDOW
 STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5%, by df
 MAIN = dict(zip(METHODS[:3], (("#777777", "--"), ("#0072b2", "-"), ("#d55e00", "-."))))
 
@@ -89,11 +90,12 @@ def support(runs):
     rows = []
     for name in METHODS[1:]:
         for probe, title in (("support", "exp H(w)"), ("one_hot", "share above 0.99")):
-            curves = [run["curves"][probe] for run in runs.get(name, {}).values()]
+            found = [run["curves"] for run in runs.get(name, {}).values()]
+            curves = [c[probe] for c in found if probe in c]  # not in five runs of multiplex
             parts = [[mean(c[a : a + 10]) for c in curves] for a in (0, 35, 70)]
             if curves:
-                rows.append([name, title, *map(shown, parts)])
-    return markdown(["method", "of the weights", "first", "middle", "last"], rows)
+                rows.append([name, title, len(curves), *map(shown, parts)])
+    return markdown(["method", "of the weights", "seeds", "first", "middle", "last"], rows)
 
 
 def square(runs, base, methods=METHODS):
@@ -127,6 +129,29 @@ def why(runs, base):
     header = ["trained with", "hidden", "H(p)", "distinct tokens"]
     header += ["hidden, single", "H(p), single", "distinct, single", "right", "wrong"]
     return markdown(header, rows)
+
+
+def pooled(parts):
+    """The mean of [(thoughts, mean)], or nothing of too few thoughts."""
+    n = sum(thoughts for thoughts, _ in parts)
+    return sum(k * x for k, x in parts if k) / n if n >= 20 else None
+
+
+def windows(runs):
+    """Hidden-state entropy along the thought, of the model's own read-out and of single tokens."""
+    rows, both = [], ("right", "wrong")
+    kinds = [("own", both), ("own", both[:1]), ("own", both[1:]), ("single", both)]
+    for name in (*METHODS, *PATHS):
+        found = [run["windows"] for run in runs.get(name, {}).values() if "windows" in run]
+        for (read, outcomes), title in zip(kinds, ("own", "own, right", "own, wrong", "single")):
+            cells = []
+            for i in range(WINDOWS):
+                values = [pooled([run[read][o][i] for o in outcomes]) for run in found]
+                cells.append(shown([x for x in values if x is not None]))
+            if found and not name.endswith(read):
+                rows.append([name, title, len(found), *cells])
+    names = [f"{i * STEPS + 1} to {(i + 1) * STEPS}" for i in range(WINDOWS)]
+    return markdown(["trained with", "read with", "seeds", *names], rows)
 
 
 def bias(folder=HERE / "results"):
@@ -184,6 +209,7 @@ def tables():
         "support": support(runs),
         "square": square(runs, base),
         "why": why(runs, base),
+        "windows": windows(runs),
         "ends": comparison(runs, ends),
         "paths": comparison(runs, [*PATHS, *CONTROLS], "paths single", mixed),
         "paths_square": square(runs, paths_base, PATHS),
@@ -323,7 +349,8 @@ def figures(plt):
     styles |= {"lepo": ("#000000", (0, (1, 1)))}
 
     def curves(name, probe):
-        return [smooth(run["curves"][probe]) for run in runs[name].values()]
+        found = [run["curves"] for run in runs[name].values()]
+        return [smooth(c[probe]) for c in found if probe in c]
 
     # learning curves, of three methods and of all
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
@@ -366,7 +393,7 @@ def figures(plt):
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for name in METHODS[1:]:
         for ax, probe in zip(axes, ("support", "one_hot"), strict=True):
-            if name in runs:
+            if name in runs and curves(name, probe):
                 band(ax, range(1, 81), curves(name, probe), name, *styles[name])
     axes[0].set(xlabel="GRPO step", ylabel="effective support exp H(w), tokens")
     axes[1].set(xlabel="GRPO step", ylabel="share of steps with a weight above 0.99")
@@ -391,6 +418,28 @@ def figures(plt):
         ax.set(xlabel="layer (0: embeddings)", title=title, xticks=range(4))
     axes[0].set(ylabel="hidden-state entropy of a thought")
     finish(figure, axes, "hidden")
+
+    # hidden-state entropy along the thought
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
+    kinds = ((("right", "wrong"), None), (("right",), "right"), (("wrong",), "wrong"))
+    for name in filter(runs.__contains__, METHODS[:4]):
+        color, line = styles[name]
+        found = [run["windows"]["own"] for run in runs[name].values() if "windows" in run]
+        for outcomes, kind in kinds if found else ():
+            values = [
+                [pooled([read[o][i] for o in outcomes]) for read in found] for i in range(WINDOWS)
+            ]
+            y = [mean(each) for each in values if None not in each]
+            label = f"{name}, {kind}" if kind else f"{name} ({len(found)} seeds)"
+            marks = {"marker": {"right": "o", "wrong": "x"}.get(kind), "label": label}
+            ax = axes[int(kind is not None)]
+            ax.plot(range(len(y)), y, color=color, linestyle=line, **marks)
+    for ax, title in zip(axes, ("all thoughts", "by outcome")):
+        names = [f"{i * STEPS + 1} to {(i + 1) * STEPS}" for i in range(WINDOWS)]
+        ax.set(xlabel="thinking steps", title=title)
+        ax.set_xticks(range(WINDOWS), names)
+    axes[0].set(ylabel="hidden-state entropy, last layer")
+    finish(figure, axes, "windows")
 
     # the square of read-outs
     names = [name for name in METHODS if name in runs]
