@@ -17,6 +17,8 @@ HERE = Path(__file__).resolve().parent
 METHODS = ("single", "dirichlet", "different-tokens", "multiplex", "soft-grpo", "lepo")
 PATHS = tuple(f"paths {method}" for method in METHODS[:4])
 CONTROLS = ("paths single T=0.7", "paths noise")
+SCORES = ("representative", "weighted", "exact", "exact+1")
+PRESET = {"different-tokens weighted": "different-tokens", "dirichlet representative": "dirichlet"}
 WINDOWS, STEPS = 5, 4  # along a thought: docs/evidence.py's WINDOW
 STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5%, by df
 MAIN = dict(zip(METHODS[:3], (("#777777", "--"), ("#0072b2", "-"), ("#d55e00", "-."))))
@@ -186,14 +188,12 @@ def tables():
     length = ("thought's length", lambda r: last(r, "think_tokens"))
     mixed = [steps, ("exp H(w) at the end", lambda r: last(r, "support"))]
     of = {name: [v for v in runs if v.startswith(f"{name} ")] for name in METHODS}
-    scores = ("representative", "weighted", "exact", "exact+1")
     kinds = [
         f"{name} {kind}"
         for name in ("different-tokens", "dirichlet", "soft-thinking")
-        for kind in scores
+        for kind in SCORES
     ]
-    own = {"different-tokens weighted": "different-tokens", "dirichlet representative": "dirichlet"}
-    named = [own.get(kind, kind) for kind in kinds]
+    named = [PRESET.get(kind, kind) for kind in kinds]
     halves = [f"{name}{more}" for name in METHODS[:3] for more in ("", " G=4")]
     controls = ["single", *of["single"], "dirichlet", "uniform", "noise", "shuffled"]
     controls = [name for name in controls if "G=4" not in name]
@@ -343,37 +343,48 @@ def finish(figure, axes, name):
     figure.savefig(HERE / f"{name}.png", dpi=130)
 
 
-def figures(plt):
-    runs, base, _ = load()
-    styles = MAIN | {"multiplex": ("#009e73", ":"), "soft-grpo": ("#cc79a7", (0, (5, 1)))}
-    styles |= {"lepo": ("#000000", (0, (1, 1)))}
+STYLES = MAIN | {"multiplex": ("#009e73", ":"), "soft-grpo": ("#cc79a7", (0, (5, 1)))}
+STYLES |= {"lepo": ("#000000", (0, (1, 1)))}
+STEP, RIGHT = "GRPO step", "right answers, unseen problems"
+SUPPORT = "effective support exp H(w), tokens"
 
-    def curves(name, probe):
-        found = [run["curves"] for run in runs[name].values()]
-        return [smooth(c[probe]) for c in found if probe in c]
 
-    # learning curves, of three methods and of all
+def curves(runs, name, probe):
+    """A probe over training, smoothed, of each run that has it."""
+    found = [run["curves"] for run in runs.get(name, {}).values()]
+    return [smooth(c[probe]) for c in found if probe in c]
+
+
+def training(ax, runs, names, probe, ylabel, styles=STYLES):
+    """The curves of some variants, {variant: label} or names, with their bands."""
+    names = names if isinstance(names, dict) else {name: name for name in names}
+    for name, label in names.items():
+        found = curves(runs, name, probe)
+        if found:
+            label = f"{label} ({len(found)} seeds)"
+            band(ax, range(1, len(found[0]) + 1), found, label, *styles[names[name]])
+    ax.set(xlabel=STEP, ylabel=ylabel)
+
+
+def learning(plt, runs, base):
+    """Right answers over training, three methods and the others beside `single`."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
     for ax, names in zip(axes, (METHODS[:3], (METHODS[0], *METHODS[3:])), strict=True):
-        for name in names:
-            if name in runs:
-                label = f"{name} ({len(runs[name])} seeds)"
-                band(ax, range(1, 81), curves(name, "correct"), label, *styles[name])
-        ax.set(xlabel="GRPO step", ylabel="right answers, unseen problems", xlim=(1, 80))
+        training(ax, runs, names, "correct", RIGHT)
     finish(figure, axes, "learning")
 
-    # the second world: what is learned, and what is mixed
+
+def second_world(plt, runs, base):
+    """What is learned there, and what is mixed."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for ax, probe in zip(axes, ("correct", "support"), strict=True):
-        for name in filter(runs.__contains__, PATHS):
-            of = name.removeprefix("paths ")
-            label = f"{of} ({len(runs[name])} seeds)" if probe == "correct" else None
-            band(ax, range(1, 81), curves(name, probe), label, *styles[of])
-    axes[0].set(xlabel="GRPO step", ylabel="right answers, unseen problems")
-    axes[1].set(xlabel="GRPO step", ylabel="effective support exp H(w), tokens")
+    names = {name: name.removeprefix("paths ") for name in PATHS}
+    training(axes[0], runs, names, "correct", RIGHT)
+    training(axes[1], runs, names, "support", SUPPORT)
     finish(figure, axes, "paths")
 
-    # accuracy against tokens, G and G / 2
+
+def half_the_chains(plt, runs, base):
+    """Accuracy against tokens sampled, G and G / 2."""
     figure, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
     for name in METHODS[:3]:
         for more, width in (("", 2.2), (" G=4", 1.0)):
@@ -382,27 +393,87 @@ def figures(plt):
                 continue
             spent = [mean(each) / 1000 for each in zip(*map(sampled, mine), strict=True)]
             total = [sum(spent[: i + 1]) for i in range(len(spent))]
-            y = [mean(each) for each in zip(*curves(name + more, "correct"), strict=True)]
+            y = [mean(each) for each in zip(*curves(runs, name + more, "correct"), strict=True)]
             label = f"{name}, G = {4 if more else 8}"
-            color, line = styles[name]
+            color, line = STYLES[name]
             ax.plot(total, y, color=color, linestyle=line, linewidth=width, label=label)
-    ax.set(xlabel="thousand tokens sampled", ylabel="right answers, unseen problems")
+    ax.set(xlabel="thousand tokens sampled", ylabel=RIGHT)
     finish(figure, [ax], "chains")
 
-    # effective support and sharpness over training
+
+def matched_entropy(plt, runs, base):
+    """Final accuracy against the entropy of p in the text that was read."""
+    figure, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    heated = ["single T=0.7", "single", "single T=1.1", "single T=1.3"]
+    others = [*METHODS[1:], "noise", "shuffled", "uniform"]
+    aside, places = {"single": (-62, -13), "dirichlet": (5, -13), "lepo": (-27, 6)}, {}
+    for name in filter(runs.__contains__, heated + others):
+        mine = runs[name].values()
+        x, y = [last(r, "entropy") for r in mine], [r["accuracy_after"] for r in mine]
+        places[name] = [interval(values) for values in (x, y)]
+    for name, ((x, dx), (y, dy)) in places.items():
+        mark, color = ("o", "#777777") if name in heated else ("s", "#0072b2")
+        fill = color if name in heated else "white"
+        bars = {"xerr": dx, "yerr": dy, "elinewidth": 0.8, "ecolor": color}
+        ax.errorbar(x, y, fmt=mark, color=color, markerfacecolor=fill, **bars)
+        text = "single T=0.9" if name == "single" else name
+        ax.annotate(text, (x, y), aside.get(name, (6, 5)), textcoords="offset points", fontsize=8)
+    ax.plot(*([places[n][i][0] for n in heated if n in places] for i in (0, 1)), "--", color="#777")
+    ax.set(xlabel="H(p) of the text that was read, last steps, nats", ylabel="accuracy after")
+    finish(figure, [ax], "controls")
+
+
+def score_curves(plt, runs, base):
+    """Right answers over training by what scores a step."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained", sharey=True)
+    looks = [("#777777", "--"), ("#d55e00", "-."), ("#0072b2", "-"), ("#000000", ":")]
+    styles = dict(zip(SCORES, looks, strict=True))
+    for ax, method in zip(axes, ("different-tokens", "dirichlet", "soft-thinking"), strict=True):
+        kinds = {f"{method} {kind}": kind for kind in SCORES}
+        training(ax, runs, {PRESET.get(k, k): v for k, v in kinds.items()}, "correct", "", styles)
+        ax.set(title=method)
+    axes[0].set(ylabel=RIGHT, ylim=(0, 0.8))
+    finish(figure, axes, "scores")
+
+
+def bias_and_variance(plt, runs, base):
+    """Of gradient estimates on the enumerable problem."""
+    rows = json.loads((HERE / "results/bias.json").read_text())["rows"]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
+    lines, marks = ("-", "--", "-.", ":", (0, (5, 1))), ("o", "s", "x", "^")
+    ticks = (2, 5, 10, 20, 50, 100)
+    rules = list(dict.fromkeys(row["candidates, weights"] for row in rows))
+    kinds = list(dict.fromkeys(row["score"] for row in rows))
+    for ax, p in zip(axes, ("flat", "sharp"), strict=True):
+        for rule, line in zip(rules, lines, strict=True):
+            mine = [r for r in rows if (r["candidates, weights"], r["p"]) == (rule, p)]
+            x = [float(r["variance / truth^2"]) for r in mine]
+            y = [float(r["relative error of E"]) for r in mine]
+            [drawn] = ax.plot(x, y, linestyle=line, linewidth=1, label=rule)
+            for i, row in enumerate(mine):
+                ax.plot(x[i], y[i], marks[kinds.index(row["score"])], color=drawn.get_color())
+        for kind, mark in zip(kinds, marks, strict=True):
+            ax.plot([], [], mark, color="black", label=kind)
+        ax.set(title=f"{p} p", xlabel="variance of one estimate / |true gradient|^2", xscale="log")
+        ax.set_xticks(ticks, ticks)
+        ax.minorticks_off()
+    axes[0].set(ylabel="relative error of the expected gradient")
+    finish(figure, axes, "bias")
+
+
+def survival(plt, runs, base):
+    """Effective support and sharpness over training."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for name in METHODS[1:]:
-        for ax, probe in zip(axes, ("support", "one_hot"), strict=True):
-            if name in runs and curves(name, probe):
-                band(ax, range(1, 81), curves(name, probe), name, *styles[name])
-    axes[0].set(xlabel="GRPO step", ylabel="effective support exp H(w), tokens")
-    axes[1].set(xlabel="GRPO step", ylabel="share of steps with a weight above 0.99")
+    training(axes[0], runs, METHODS[1:], "support", SUPPORT)
+    training(axes[1], runs, METHODS[1:], "one_hot", "share of steps with a weight above 0.99")
     finish(figure, axes, "support")
 
-    # hidden-state entropy by layer
+
+def hidden_by_layer(plt, runs, base):
+    """Hidden-state entropy, before and after training, and by outcome."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", sharey=True)
     for name in filter(runs.__contains__, METHODS[:3]):
-        color, line = styles[name]
+        color, line = STYLES[name]
         mine = list(runs[name].values())
         kinds = [[run["right_and_wrong"][kind] for run in mine] for kind in ("right", "wrong")]
         panels = [[base[name]], [run["read_out"]["own"] for run in mine]]
@@ -419,11 +490,13 @@ def figures(plt):
     axes[0].set(ylabel="hidden-state entropy of a thought")
     finish(figure, axes, "hidden")
 
-    # hidden-state entropy along the thought
+
+def hidden_along_the_thought(plt, runs, base):
+    """Hidden-state entropy in windows, of all thoughts and by outcome."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
     kinds = ((("right", "wrong"), None), (("right",), "right"), (("wrong",), "wrong"))
     for name in filter(runs.__contains__, METHODS[:4]):
-        color, line = styles[name]
+        color, line = STYLES[name]
         found = [run["windows"]["own"] for run in runs[name].values() if "windows" in run]
         for outcomes, kind in kinds if found else ():
             values = [
@@ -432,8 +505,7 @@ def figures(plt):
             y = [mean(each) for each in values if None not in each]
             label = f"{name}, {kind}" if kind else f"{name} ({len(found)} seeds)"
             marks = {"marker": {"right": "o", "wrong": "x"}.get(kind), "label": label}
-            ax = axes[int(kind is not None)]
-            ax.plot(range(len(y)), y, color=color, linestyle=line, **marks)
+            axes[int(kind is not None)].plot(range(len(y)), y, color=color, linestyle=line, **marks)
     for ax, title in zip(axes, ("all thoughts", "by outcome")):
         names = [f"{i * STEPS + 1} to {(i + 1) * STEPS}" for i in range(WINDOWS)]
         ax.set(xlabel="thinking steps", title=title)
@@ -441,7 +513,9 @@ def figures(plt):
     axes[0].set(ylabel="hidden-state entropy, last layer")
     finish(figure, axes, "windows")
 
-    # the square of read-outs
+
+def read_outs(plt, runs, base):
+    """The square: trained with, and read out with."""
     names = [name for name in METHODS if name in runs]
     columns = list(base)
     read = [
@@ -459,6 +533,10 @@ def figures(plt):
     ax.set_yticks(range(len(values)), ["before training", *names], fontsize=8)
     ax.set(xlabel="read out with", ylabel="trained with")
     figure.savefig(HERE / "square.png", dpi=130)
+
+
+FIGURES = (learning, half_the_chains, matched_entropy, score_curves, bias_and_variance, survival)
+FIGURES += (hidden_by_layer, hidden_along_the_thought, read_outs, second_world)
 
 
 def real_figure(plt):
@@ -492,7 +570,9 @@ def main():
         mpl.use("Agg")
         from matplotlib import pyplot
 
-        figures(pyplot)
+        runs, base, _ = load()
+        for draw in FIGURES:
+            draw(pyplot, runs, base)
         real_figure(pyplot)
 
 
