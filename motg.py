@@ -237,7 +237,7 @@ def draws_logprob(log_p, tokens, cfg):
 def dirichlet(log_hat, cfg, generator=None):
     """log w + constant, w ~ Dir(c p^): c -> inf gives p^, c -> 0 one token drawn from p^. Made of
     log Gamma(a) draws, as log Gamma(a + 1) + log(U) / a, for which no a is too small."""
-    a = cfg.concentration * log_hat.exp().clamp(min=1e-5)  # (B, k) for float32 has an end
+    a = cfg.concentration * log_hat.exp().clamp(min=1e-5)  # (B, k) so that log(U) / a is finite
     minus_log_u = torch.empty_like(a).exponential_(generator=generator)
     return torch._standard_gamma(a + 1, generator).log() - minus_log_u / a
 

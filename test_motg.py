@@ -1918,6 +1918,28 @@ def test_hidden_entropy_in_windows_is_that_of_each_thoughts_own_steps(monkeypatc
             assert found[outcome][window][1] == pytest.approx(sum(values) / len(rows), abs=1e-5)
 
 
+def test_a_cold_answer_leaves_the_thought_warm_and_the_other_way_round(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    apart = runpy.run_path(str(DOCS / "evidence.py"))["Apart"]
+    small = {"smoke": True, "max_prompt_tokens": 300}
+    model, tokenizer = motg.load_model(config(**small), cli_model("model"))
+    cfg = config("single", **small, chains=6, max_new_tokens=24, end="steps", end_steps=4)
+
+    def entropies(*temperatures):
+        monkeypatch.setattr(apart, "temperatures", temperatures)
+        r = motg.rollout(model, tokenizer, ["a<think>"], cfg, torch.Generator().manual_seed(0))
+        return r.entropy[r.thinking & r.sampled], r.entropy[r.mask & ~r.thinking]
+
+    plain = entropies()
+    monkeypatch.setattr(motg, "Decoder", apart)
+    for a, b in zip(plain, entropies(cfg.temperature, cfg.temperature), strict=True):
+        torch.testing.assert_close(a, b)
+    thought, answer = entropies(cfg.temperature, 1e-4)
+    assert thought.min() > 0.1 and answer.max() < 0.01
+    thought, answer = entropies(1e-4, cfg.temperature)
+    assert thought.max() < 0.01 and answer.min() > 0.1
+
+
 def test_all_or_nothing_gives_no_part_and_a_slow_task_is_the_same_task(monkeypatch):
     monkeypatch.syspath_prepend(DOCS)
     real = runpy.run_path(str(DOCS / "real.py"))

@@ -21,6 +21,7 @@ from contextlib import nullcontext
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -127,6 +128,30 @@ def right_and_wrong(model, tokenizer, cfg, tests):
     return found
 
 
+class Apart(motg.Decoder):
+    """A rollout with a temperature for thoughts and another one for answers."""
+
+    temperatures = (0.9, 0.9)
+
+    def step(self):
+        T = torch.where(self.thinking, *self.temperatures)  # (B,)
+        self.logits.mul_((self.cfg.temperature / T)[:, None])
+        super().step()
+
+
+def apart(model, tokenizer, cfg, tests):
+    """{name: accuracy} of one model with a cold thought or a cold answer."""
+    found, cold, warm = {}, 0.1, 0.9
+    reads = [("single", "thought")] + [(method, "answer") for method in METHODS[:4]]
+    with mock.patch.object(motg, "Decoder", Apart):
+        for method, part in reads:
+            Apart.temperatures = (cold, warm) if part == "thought" else (warm, cold)
+            how = motg.make_config(method, smoke=True, seed=cfg.seed, chains=4)
+            result = motg.evaluate(model, tokenizer, how, torch.Generator(), tests)
+            found[f"{method}, cold {part}"] = result["pass@1"]
+    return found
+
+
 @torch.no_grad()
 def windows(model, tokenizer, cfg, tests):
     """Hidden-state entropy of the last layer along the thought, in windows of so many steps that
@@ -147,6 +172,9 @@ def windows(model, tokenizer, cfg, tests):
                 mean = values.mean().item() if len(values) else None
                 found[name][outcome].append((len(values), mean))
     return found
+
+
+LATER = {"windows": windows, "apart": apart}  # old results lack them
 
 
 def rounded(x, digits=4):
@@ -175,7 +203,7 @@ def finished(name, seed):
     """Nothing is missing, but for what an old result lacks and only its lost checkpoint had."""
     kept, missing = result_of(name, seed)
     trained = (RUNS / path_of(name, seed).stem / "result.json").exists()
-    return not missing and ("windows" in kept or not trained)
+    return not missing and (LATER.keys() <= kept.keys() or not trained)
 
 
 def one_run(name, seed):
@@ -198,8 +226,9 @@ def one_run(name, seed):
         logs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         kept["curves"] = {key: [log[key] for log in logs] for key in CURVES.split()}
         kept["right_and_wrong"] = right_and_wrong(model, tokenizer, cfg, tests[:64])
-    if "windows" not in kept:
-        kept["windows"] = windows(model, tokenizer, cfg, tests)
+    for key, look in LATER.items():
+        if key not in kept:
+            kept[key] = look(model, tokenizer, cfg, tests)
     kept["read_out"] |= read_out(model, tokenizer, cfg, tests, missing)
     save(path_of(name, seed), kept)
 

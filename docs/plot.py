@@ -19,6 +19,8 @@ PATHS = tuple(f"paths {method}" for method in METHODS[:4])
 CONTROLS = ("paths single T=0.7", "paths noise")
 SCORES = ("representative", "weighted", "exact", "exact+1")
 PRESET = {"different-tokens weighted": "different-tokens", "dirichlet representative": "dirichlet"}
+APART = [f"single, {parts}" for parts in ("both warm", "cold answer", "cold thought", "both cold")]
+APART += [f"{read}, {parts}" for read in METHODS[1:4] for parts in ("both warm", "cold answer")]
 WINDOWS, STEPS = 5, 4  # along a thought: docs/evidence.py's WINDOW
 STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5%, by df
 MAIN = dict(zip(METHODS[:3], (("#777777", "--"), ("#0072b2", "-"), ("#d55e00", "-."))))
@@ -156,6 +158,21 @@ def windows(runs):
     return markdown(["trained with", "read with", "seeds", *names], rows)
 
 
+def apart(runs):
+    """Accuracy of single tokens and of mixtures where only a thought or only an answer is cold."""
+    rows = []
+    for name in (*METHODS, *PATHS):
+        found = [run for run in runs.get(name, {}).values() if "apart" in run]
+        reads = {f"{read}, both warm": read for read in METHODS[:4]}
+        reads["single, both cold"] = "single T=0.1"
+        accuracies = [
+            r["apart"] | {n: r["read_out"][x]["pass@1"] for n, x in reads.items()} for r in found
+        ]
+        if found:
+            rows.append([name, len(found), *(shown([a[n] for a in accuracies], 2) for n in APART)])
+    return markdown(["trained with", "seeds", *APART], rows)
+
+
 def bias(folder=HERE / "results"):
     """Of gradient estimates on the enumerable problem."""
     path = folder / "bias.json"
@@ -210,6 +227,7 @@ def tables():
         "square": square(runs, base),
         "why": why(runs, base),
         "windows": windows(runs),
+        "apart": apart(runs),
         "ends": comparison(runs, ends),
         "paths": comparison(runs, [*PATHS, *CONTROLS], "paths single", mixed),
         "paths_square": square(runs, paths_base, PATHS),
