@@ -135,8 +135,9 @@ def why(runs, base):
     return markdown(header, rows)
 
 
-def pooled(parts):
-    """The mean of [(thoughts, mean)], or nothing of too few thoughts."""
+def window(read, outcomes, i):
+    """The mean over thoughts of some outcomes in the i-th window, or nothing of too few thoughts."""
+    parts = [read[outcome][i] for outcome in outcomes if i < len(read[outcome])]
     n = sum(thoughts for thoughts, _ in parts)
     return sum(k * x for k, x in parts if k) / n if n >= 20 else None
 
@@ -150,7 +151,7 @@ def windows(runs):
         for (read, outcomes), title in zip(kinds, ("own", "own, right", "own, wrong", "single")):
             cells = []
             for i in range(WINDOWS):
-                values = [pooled([run[read][o][i] for o in outcomes]) for run in found]
+                values = [window(run[read], outcomes, i) for run in found]
                 cells.append(shown([x for x in values if x is not None]))
             if found and not name.endswith(read):
                 rows.append([name, title, len(found), *cells])
@@ -517,9 +518,7 @@ def hidden_along_the_thought(plt, runs, base):
         color, line = STYLES[name]
         found = [run["windows"]["own"] for run in runs[name].values() if "windows" in run]
         for outcomes, kind in kinds if found else ():
-            values = [
-                [pooled([read[o][i] for o in outcomes]) for read in found] for i in range(WINDOWS)
-            ]
+            values = [[window(read, outcomes, i) for read in found] for i in range(WINDOWS)]
             y = [mean(each) for each in values if None not in each]
             label = f"{name}, {kind}" if kind else f"{name} ({len(found)} seeds)"
             marks = {"marker": {"right": "o", "wrong": "x"}.get(kind), "label": label}
