@@ -136,7 +136,7 @@ def why(runs, base):
 
 
 def window(read, outcomes, i):
-    """The mean over thoughts of some outcomes in the i-th window, or nothing of too few thoughts."""
+    """The mean over thoughts of some outcomes in the i-th window; None for too few thoughts."""
     parts = [read[outcome][i] for outcome in outcomes if i < len(read[outcome])]
     n = sum(thoughts for thoughts, _ in parts)
     return sum(k * x for k, x in parts if k) / n if n >= 20 else None
