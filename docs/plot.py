@@ -425,7 +425,8 @@ def matched_entropy(plt, runs, base):
     figure, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
     heated = ["single T=0.7", "single", "single T=1.1", "single T=1.3"]
     others = [*METHODS[1:], "noise", "shuffled", "uniform"]
-    aside, places = {"single": (-62, -13), "dirichlet": (5, -13), "lepo": (-27, 6)}, {}
+    aside = {"single": (-62, -13), "dirichlet": (5, -13), "lepo": (-27, 6), "multiplex": (8, -8)}
+    places = {}
     for name in filter(runs.__contains__, heated + others):
         mine = runs[name].values()
         x, y = [last(r, "entropy") for r in mine], [r["accuracy_after"] for r in mine]
@@ -485,6 +486,8 @@ def survival(plt, runs, base):
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     training(axes[0], runs, METHODS[1:], "support", SUPPORT)
     training(axes[1], runs, METHODS[1:], "one_hot", "share of steps with a weight above 0.99")
+    for ax, limits in zip(axes, ((1, 1.25), (0.65, 1)), strict=True):  # room for the names
+        ax.set(ylim=limits)
     finish(figure, axes, "support")
 
 
