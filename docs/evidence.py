@@ -37,7 +37,7 @@ PATHS = tuple(f"paths {method}" for method in METHODS[:4])
 READOUTS = {name: {"method": name} for name in (*METHODS, "soft-thinking")}
 for T in (0.5, 0.1):  # would less noise do the same?
     READOUTS[f"single T={T}"] = {"method": "single", "temperature": T}
-WINDOW = 4  # thinking steps
+WINDOW = 4  # thinking steps; docs/plot.py names the windows
 CURVES = "reward correct format entropy weight_entropy support one_hot distinct_tokens think_tokens"
 CURVES += " answer_tokens truncated kl grad_norm sampler_gap no_gradient"
 

@@ -8,6 +8,7 @@ same problems.
 """
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -21,8 +22,9 @@ SCORES = ("representative", "weighted", "exact", "exact+1")
 PRESET = {"different-tokens weighted": "different-tokens", "dirichlet representative": "dirichlet"}
 APART = [f"single, {parts}" for parts in ("both warm", "cold answer", "cold thought", "both cold")]
 APART += [f"{read}, {parts}" for read in METHODS[1:4] for parts in ("both warm", "cold answer")]
-WINDOWS, STEPS = 5, 4  # along a thought: docs/evidence.py's WINDOW
-STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5%, by df
+WINDOWS = ("1 to 4", "5 to 8", "9 to 12", "13 to 16", "17 to 20")  # steps of a thought
+STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
+STUDENT |= {8: 2.306, 9: 2.262}  # 97.5%, by degrees of freedom
 MAIN = dict(zip(METHODS[:3], (("#777777", "--"), ("#0072b2", "-"), ("#d55e00", "-."))))
 
 
@@ -150,13 +152,12 @@ def windows(runs):
         found = [run["windows"] for run in runs.get(name, {}).values() if "windows" in run]
         for (read, outcomes), title in zip(kinds, ("own", "own, right", "own, wrong", "single")):
             cells = []
-            for i in range(WINDOWS):
+            for i in range(len(WINDOWS)):
                 values = [window(run[read], outcomes, i) for run in found]
                 cells.append(shown([x for x in values if x is not None]))
-            if found and not name.endswith(read):
+            if found and not name.endswith(read):  # "single" has one read-out, its own
                 rows.append([name, title, len(found), *cells])
-    names = [f"{i * STEPS + 1} to {(i + 1) * STEPS}" for i in range(WINDOWS)]
-    return markdown(["trained with", "read with", "seeds", *names], rows)
+    return markdown(["trained with", "read with", "seeds", *WINDOWS], rows)
 
 
 def apart(runs):
@@ -521,15 +522,14 @@ def hidden_along_the_thought(plt, runs, base):
         color, line = STYLES[name]
         found = [run["windows"]["own"] for run in runs[name].values() if "windows" in run]
         for outcomes, kind in kinds if found else ():
-            values = [[window(read, outcomes, i) for read in found] for i in range(WINDOWS)]
-            y = [mean(each) for each in values if None not in each]
+            values = [[window(read, outcomes, i) for read in found] for i in range(len(WINDOWS))]
+            y = [math.nan if None in each else mean(each) for each in values]
             label = f"{name}, {kind}" if kind else f"{name} ({len(found)} seeds)"
             marks = {"marker": {"right": "o", "wrong": "x"}.get(kind), "label": label}
             axes[int(kind is not None)].plot(range(len(y)), y, color=color, linestyle=line, **marks)
     for ax, title in zip(axes, ("all thoughts", "by outcome")):
-        names = [f"{i * STEPS + 1} to {(i + 1) * STEPS}" for i in range(WINDOWS)]
         ax.set(xlabel="thinking steps", title=title)
-        ax.set_xticks(range(WINDOWS), names)
+        ax.set_xticks(range(len(WINDOWS)), WINDOWS)
     axes[0].set(ylabel="hidden-state entropy, last layer")
     finish(figure, axes, "windows")
 
