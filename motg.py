@@ -2,124 +2,960 @@
 
 A language model that reasons writes one sampled token a step and throws the rest of its
 distribution away. MoT-G feeds back a weighted mixture of k token embeddings at each thinking step,
-closes the thought with `</think>`, answers in ordinary tokens, and learns by GRPO what is right:
+ends the thought with `</think>`, answers in ordinary tokens, and learns by GRPO what is right:
 
-    z --softmax(z/T)--> p --k candidates v--> weights w --sum_i w_i E[v_i]--> next input  (thought)
-                         `--one token y, a one-hot w-------------------------> next input  (answer)
+    logits z --softmax(z / T)--> p --k candidates v, weights w--> sum_i w_i E[v_i] --> next input
 
-Read top to bottom. In shapes: B rows (a row is one chain of one prompt), G chains a prompt, P
-prompt length, T new tokens, k candidates, V vocabulary, d width, N steps picked out of B x T.
+Read it from top to bottom. Part One is the method, and a student can stop at its end: 1 settings,
+2 a mixture, 3 the log-probability of a step, 4 the end of a thought, 5 rollouts, 6 log-probabilities
+in parallel, 7 GRPO, 8 the training loop. Part Two is what a program needs around that: 9 other
+rules and methods, 10 tasks and rewards, 11 contained scoring, 12 models, 13 probes, 14 a run's
+folder and evaluation, 15 the command line.
+
+Letters in shapes: B rows (a row is one chain of one prompt), G chains a prompt, n prompts, P the
+longest prompt, T new tokens, k candidates, V vocabulary, d width, N steps picked out of B x T.
 """
+
+import os
+
+if __name__ == "__main__":  # these must be set before torch is loaded; your own values win
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin stall a busy machine
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages make bf16 updates faster
 
 import argparse
 import copy
 import hashlib
+import importlib
+import inspect
 import json
 import math
 import multiprocessing
-import os
 import random
 import re
 import resource
 import signal
 import sys
-from collections import Counter, namedtuple
+import types
+from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import reasoning_gym
 import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-transformers.utils.logging.disable_progress_bar()
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a CPU makes bf16 updates faster
-INF, TAG = math.inf, "</think>"
+INF = math.inf
 
+# ==================================================================================================
+# PART ONE: THE METHOD
 # ---------------------------------------------------------------------------------- 1. settings
-ENDS = ("representative", "most-likely", "entropy", "steps")
-
-
-def setting(default, help, *choices):
-    """A field of Config: one line, and a flag."""
-    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass
 class Config:
-    """Every setting is a flag. Defaults are the paper's; where not, "paper" is its own value."""
+    """All settings. Each is a flag, and the comment behind it is its help text. The defaults are
+    the paper's; where they are not, "paper" gives its value."""
 
-    model: str = setting("Qwen/Qwen2.5-1.5B-Instruct", "a hub name or a local folder")  # the run
-    task: str = setting("graph_color", "any Reasoning-Gym task; the paper's are in the README")
-    task_settings: str = setting("{}", 'the task\'s own settings as JSON: {"max_value": 20}')
-    shots: str = setting("", "JSON file of [question, reply] pairs, replies from <think> on")
-    method: str = setting("dirichlet", "a preset of METHODS; eval takes several with commas")
-    seed: int = setting(0, "of the problems and the sampling")
-    out: str = setting("", "the run's folder (if empty: runs/<command>-<method>-<seed>)")
-    resume: bool = setting(False, "continue the run in --out")
-    smoke: bool = setting(False, "a tiny model made on the spot, small settings; your flags win")
-    device: str = setting("auto", "auto: CUDA if there is one", "auto", "cuda", "cpu")
-    precision: str = setting("auto", "auto: bf16 where that is fast", "auto", "fp32", "bf16")
-    sampling: str = setting("top-k", "which candidates")  # the mixture
-    aggregation: str = setting("dirichlet", "their weights")
-    k: int = setting(2, "candidates a step (paper: 2)")
-    temperature: float = setting(0.9, "T in p = softmax(z / T) (paper: 0.9)")
-    top_p: float = setting(0.95, "nucleus: the mass that the candidates reach")
-    min_p: float = setting(0.05, "min-p: share of the largest p that is needed")
-    concentration: float = setting(1.0, "dirichlet: c in w ~ Dir(c p^) (paper: 1)")
-    moi_beta: float = setting(1.0, "posterior: beta of Mixture of Inputs")
-    gumbel_tau: float = setting(1.0, "gumbel: tau of the softmax")
-    mix_steps: int = setting(0, "mix in the first n steps of a thought only; 0: in all")
-    mix_entropy: float = setting(0.0, "mix only where H(p) reaches this, in nats")
-    end: str = setting("representative", "what ends a thought", *ENDS)
-    end_entropy: float = setting(0.1, "end=entropy: H(p) below this, in nats, ...")
-    end_patience: int = setting(256, "... for so many steps (Soft Thinking: 256)")
-    end_steps: int = setting(128, "end=steps: steps before the tag is forced")
-    logprob: str = setting("representative", "GRPO's score", "representative", "weighted", "exact")
-    weight_passes: int = setting(0, "passes that carry the gradient through weights made of p")
-    chains: int = setting(10, "G, chains a prompt (paper: 10, or 5)")  # GRPO
-    prompts_per_step: int = setting(1, "prompts a step (paper: 1)")
-    accumulate: int = setting(4, "steps an optimiser update, sampled together (paper: 4)")
-    steps: int = setting(1000, "steps (paper: 1000)")
-    max_prompt_tokens: int = setting(1024, "longer prompts are skipped (paper: 1024)")
-    max_new_tokens: int = setting(1024, "thought and answer together (paper: 1024)")
-    lr: float = setting(5e-6, "AdamW's rate (paper: 5e-6, but on bf16 weights; here fp32)")
-    warmup: float = setting(0.18, "share of updates that warm up (paper: 0.18)")
-    grad_clip: float = setting(0.1, "largest gradient norm (paper: 0.1)")
-    kl_beta: float = setting(0.1, "weight of the KL to the reference (paper: 0.1)")
-    clip: float = setting(0.2, "PPO's clip of the ratio (paper: 0.2)")
-    loss_average: str = setting("chain", "over a chain's tokens first (paper)", "chain", "token")
-    micro_tokens: int = setting(4096, "tokens a micro-batch; lower it to save memory")
-    eval_problems: int = setting(100, "distinct test problems a task (paper: 100)")  # evaluation
-    eval_every: int = setting(0, "steps between evaluations; 0: only before and after")
-    save_every: int = setting(100, "steps between checkpoints; the last step has one")
+    # a mixture (section 2), its score (3), the end of a thought (4)
+    method: str = "dirichlet"  # a preset of METHODS; eval takes several with commas
+    sampling: str = "top-k"  # which candidates
+    aggregation: str = "dirichlet"  # which weights
+    k: int = 2  # candidates a step (paper: 2)
+    temperature: float = 0.9  # T in p = softmax(z / T) (paper: 0.9)
+    answer_temperature: float = 0.0  # T of the answer; 0: that of the thought
+    top_p: float = 0.95  # nucleus: the mass that the candidates reach
+    min_p: float = 0.05  # min-p: the share of the largest p that a candidate needs
+    concentration: float = 1.0  # dirichlet: c in w ~ Dir(c p^) (paper: 1)
+    moi_beta: float = 1.0  # posterior: beta of Mixture of Inputs
+    gumbel_tau: float = 1.0  # gumbel: tau of the softmax
+    mix_steps: int = 0  # mix in the first n steps of a thought only; 0: in all
+    mix_entropy: float = 0.0  # mix only where H(p) reaches this, in nats
+    logprob: str = "representative"  # the score of a step
+    weight_passes: int = 0  # passes that carry the gradient through weights made of p
+    end: str = "drawn"  # what ends a thought
+    end_entropy: float = 0.1  # end=entropy: H(p) below this, in nats, ...
+    end_patience: int = 256  # ... for so many steps in a row (Soft Thinking: 256)
+    end_steps: int = 128  # end=steps: the steps before the tag is put in
+    # GRPO (7) and the training loop (8)
+    chains: int = 10  # G, chains a prompt (paper: 10 or 5)
+    prompts_per_step: int = 1  # prompts a step (paper: 1)
+    accumulate: int = 4  # steps an optimiser update, sampled together (paper: 4)
+    steps: int = 1000  # training steps (paper: 1000)
+    lr: float = 5e-6  # AdamW's rate (paper: 5e-6, but on bf16 weights; here they are fp32)
+    warmup: float = 0.18  # the share of the steps in which the rate rises (paper: 0.18)
+    grad_clip: float = 0.1  # the largest norm of a gradient (paper: 0.1)
+    kl_beta: float = 0.1  # weight of the KL to the reference (paper: 0.1)
+    clip: float = 0.2  # PPO's clip of the ratio (paper: 0.2)
+    loss_average: str = "chain"  # chain: over each chain first (paper); token: over all tokens
+    micro_tokens: int = 4096  # tokens a micro-batch; lower it to save memory
+    # the task, the model, the run
+    model: str = "Qwen/Qwen2.5-1.5B-Instruct"  # a hub name or a local folder
+    task: str = "graph_color"  # any Reasoning-Gym task
+    task_settings: str = "{}"  # the task's own settings as JSON, such as {"max_value": 20}
+    shots: str = ""  # a JSON file of [question, reply] pairs, replies from <think> on
+    max_prompt_tokens: int = 1024  # longer prompts are skipped (paper: 1024)
+    max_new_tokens: int = 1024  # thought and answer together (paper: 1024)
+    eval_problems: int = 100  # distinct test problems (paper: 100)
+    eval_every: int = 0  # steps between evaluations; 0: only before and after
+    save_every: int = 100  # steps between checkpoints; the last step has one
+    seed: int = 0  # of the problems and of the sampling
+    out: str = ""  # the run's folder (if empty: runs/<command>-<method>-<seed>)
+    resume: bool = False  # continue the run in --out, or begin it
+    smoke: bool = False  # a tiny model made on the spot, and small settings; your flags win
+    device: str = "auto"  # auto: CUDA if there is one
+    precision: str = "auto"  # auto: bf16 where that is fast
 
 
-TOP_K, DRAWN = {"sampling": "top-k"}, {"sampling": "without-replacement"}
-PROBABILITY, GUMBEL = {"aggregation": "probability"}, {"aggregation": "gumbel"}
-METHODS = {
-    "single": DRAWN | PROBABILITY | {"k": 1},
-    "dirichlet": TOP_K | {"aggregation": "dirichlet"},
-    "different-tokens": DRAWN | PROBABILITY | {"logprob": "weighted"},
-    "soft-thinking": TOP_K | PROBABILITY,
-    "mixture-of-inputs": TOP_K | {"aggregation": "posterior"},
-    "multiplex": PROBABILITY | {"sampling": "with-replacement", "k": 3, "logprob": "exact"},
-    "soft-grpo": TOP_K | GUMBEL | {"k": 5, "gumbel_tau": 0.1, "logprob": "exact"},
-    "lepo": TOP_K | GUMBEL | {"k": 30, "gumbel_tau": 0.5, "mix_steps": 32, "logprob": "weighted"},
+# -------------------------------------------------------------------------------- 2. a mixture
+# A thinking step is k candidates v and k weights w. The model's next input is the weighted sum of
+# the candidates' embeddings. Say that the vocabulary is a, b, c, d and the end tag, and at this step
+#
+#     p         a 0.40   b 0.24   c 0.12   d 0.04   </think> 0.20
+#     p'        a 0.50   b 0.30   c 0.15   d 0.05             p without the tag: see section 4
+#     top 2     a, b     with p^ = p' over the candidates alone = (0.625, 0.375)
+#     weights   w = p^, or drawn around it: w ~ Dir(c p^), say (0.7, 0.3)
+#     next      0.7 E[a] + 0.3 E[b]
+#
+# An ordinary token is a mixture whose first weight is 1, so answers, the single-token baseline and
+# the end tag need no code of their own. A slot with log-weight -inf is empty. The representative is
+# the candidate that a reader sees.
+class Mixture(NamedTuple):
+    """One step of B rows."""
+
+    tokens: Tensor  # (B, k)
+    log_weights: Tensor  # (B, k)
+    representative: Tensor  # (B,)
+
+
+def token_distribution(logits, temperature):
+    """log p = log softmax(z / T) in float32, of the logits' shape. Everything gets its p here."""
+    return F.log_softmax(logits.float() / temperature, dim=-1)
+
+
+def entropy_of(log_p):
+    """H(p) in nats: (..., V) -> (...)."""
+    return -(log_p.exp() * log_p.clamp(min=-99)).sum(-1)
+
+
+def gumbel_noise(like, generator=None):
+    """Standard Gumbel noise. argmax(log p + noise) is a draw from p: the Gumbel-max trick."""
+    return -torch.empty_like(like).exponential_(generator=generator).log()
+
+
+def draw(log_p, generator=None):
+    """One token a row from p, (B, V) -> (B,), by the inverse CDF. In float32 it would cut the tail
+    off; torch.multinomial reads a value back, which a CUDA graph cannot."""
+    cdf = log_p.exp().cumsum(-1, dtype=torch.float64)  # (B, V)
+    u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device, generator=generator)  # (B, 1)
+    token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)  # (B, 1)
+    return token[:, 0].clamp(max=cdf.shape[1] - 1)
+
+
+def slot_of(tokens, token):
+    """One-hot (..., k), bool: the first slot of tokens (..., k) that holds `token` (...)."""
+    slots = tokens == token[..., None]
+    return slots & (slots.cumsum(-1) == 1)
+
+
+def weighted_sum(rows, log_weights):
+    """sum_i w_i E[v_i]: embeddings (..., k, d), log-weights (..., k) -> (..., d)."""
+    return (log_weights.exp()[..., None] * rows).sum(-2)
+
+
+@dataclass
+class Candidates:
+    """A sampling rule. choose(log_p (B, V), first (B,), cfg, generator) -> tokens (B, k) and their
+    log p, -inf in slots that stay empty; `first` is an ordinary draw from p. A rule that draws has
+    its first draw read, and logprob(log_p (..., V), tokens (..., k), cfg) -> (...)."""
+
+    choose: Callable
+    logprob: Callable = None
+
+
+@dataclass
+class Weights:
+    """An aggregation rule; p^ is p over the candidates alone, log_hat (..., k) its logarithm.
+
+    weigh(log_hat, cfg, generator) -> log w, but for a constant. A rule that draws weights has their
+    logdensity(log_hat, log_w, filled, cfg) -> (...). The token read is drawn from w, or has the
+    largest weight (`reads_largest`). reweigh(log_hat, log_p, read, cfg) -> log w makes the weights
+    anew once that token is known, one-hot (..., k). `feed` makes the next input.
+    """
+
+    weigh: Callable
+    logdensity: Callable = None
+    reads_largest: bool = False
+    reweigh: Callable = None
+    feed: Callable = weighted_sum
+
+
+def top_k(log_p, first, cfg, generator=None):
+    """The k most likely tokens."""
+    log_pv, tokens = log_p.topk(cfg.k)
+    return tokens, log_pv
+
+
+def without_replacement(log_p, first, cfg, generator=None):
+    """k different tokens, each drawn from p without those before it (the law of Gumbel top-k)."""
+    drawn = [first]
+    rest = log_p  # (B, V)
+    while len(drawn) < cfg.k:
+        rest = rest.scatter(-1, drawn[-1][:, None], -INF).log_softmax(-1)
+        drawn.append(draw(rest, generator))
+    tokens = torch.stack(drawn, dim=-1)  # (B, k)
+    return tokens, log_p.gather(-1, tokens)
+
+
+def plackett_luce(log_p, tokens, cfg):
+    """sum_j log p(v_j) - log(1 - sum_{i<j} p(v_i)). A token is struck out after its turn, since the
+    difference 1 - sum p would cancel where p is sharp."""
+    score = 0.0
+    for token in tokens.unbind(-1):
+        score = score + log_p.gather(-1, token[..., None])[..., 0]
+        log_p = log_p.scatter(-1, token[..., None], -INF).log_softmax(-1)
+    return score
+
+
+def in_proportion(log_hat, cfg, generator=None):
+    """w = p^."""
+    return log_hat
+
+
+def dirichlet(log_hat, cfg, generator=None):
+    """w ~ Dir(c p^), with mean p^: c -> inf gives p^ itself, c -> 0 one token drawn from p^.
+
+    Gamma(a) draws over their sum, a = c p^, in logs as Gamma(a) = Gamma(a + 1) U^(1 / a), which
+    neither underflows nor raises, however small a is. The clamp keeps log(U) / a finite.
+    """
+    a = cfg.concentration * log_hat.exp().clamp(min=1e-5)  # (B, k)
+    minus_log_u = torch.empty_like(a).exponential_(generator=generator)
+    return torch._standard_gamma(a + 1, generator).log() - minus_log_u / a
+
+
+def dirichlet_logdensity(log_hat, log_w, filled, cfg):
+    """log Gamma(sum_i a_i) + sum_i (a_i - 1) log w_i - log Gamma(a_i), over the filled slots."""
+    a = cfg.concentration * log_hat.exp().clamp(min=1e-5)  # (..., k)
+    terms = (a - 1) * log_w - a.lgamma()
+    return (terms * filled).sum(-1) + (a * filled).sum(-1).lgamma()
+
+
+# These are the paper's rules. Section 9 adds the field's others, and yours would go there too.
+SAMPLING = {
+    "top-k": Candidates(top_k),
+    "without-replacement": Candidates(without_replacement, plackett_luce),
 }
-SMOKE = {"model": "", "task": "chain_sum", "max_new_tokens": 40, "loss_average": "token"}
-SMOKE |= {"task_settings": '{"min_terms": 3, "max_terms": 4, "max_digits": 1}', "kl_beta": 0.01}
-SMOKE |= {"chains": 8, "prompts_per_step": 16, "accumulate": 1, "steps": 80, "save_every": 40}
-SMOKE |= {"lr": 3e-5, "grad_clip": 1.0, "micro_tokens": 1024, "eval_problems": 256}
-WORDS = ["State the final answer to the following arithmetic problem: ", "easy", TAG, " <answer>"]
-WORDS += ["</answer>", " + ", " - ", " = ", ", ", " =", *map(str, range(100))]
-OR_ZERO = {"moi_beta", "end_entropy", "steps", "lr", "warmup", "kl_beta", "clip"}
-LARGEST = {"top_p": 1, "min_p": 1, "warmup": 1, "clip": 1, "seed": 10**6 - 1}
+AGGREGATION = {
+    "probability": Weights(in_proportion),
+    "dirichlet": Weights(dirichlet, dirichlet_logdensity),
+}
+
+
+def sample_mixture(logits, cfg, generator=None, first=None) -> Mixture:
+    """One thinking step from logits (B, V). `first` (B,): an ordinary draw from p, if at hand."""
+    candidates = SAMPLING[cfg.sampling]
+    weights = AGGREGATION[cfg.aggregation]
+    log_p = token_distribution(logits, cfg.temperature)  # (B, V)
+    first = draw(log_p, generator) if first is None else first
+    tokens, log_pv = candidates.choose(log_p, first, cfg, generator)  # (B, k) both
+    log_hat = log_pv.log_softmax(-1)  # (B, k)
+    log_w = weights.weigh(log_hat, cfg, generator)
+    log_w = log_w.masked_fill(log_hat == -INF, -INF).log_softmax(-1)  # (B, k)
+    noise = 0.0 if weights.reads_largest else gumbel_noise(log_w, generator)
+    slot = (log_w + noise).argmax(-1, keepdim=True)  # (B, 1)
+    read = first if candidates.logprob else tokens.gather(-1, slot)[:, 0]  # (B,)
+    if weights.reweigh:
+        log_w = weights.reweigh(log_hat, log_p, slot_of(tokens, read), cfg)
+    return Mixture(tokens, log_w, read)
+
+
+def mixture_embedding(table, tokens, log_weights, aggregation="probability"):
+    """The next input: table (V, d), tokens and log-weights (..., k) -> (..., d)."""
+    rows = F.embedding(tokens, table)  # (..., k, d)
+    return AGGREGATION[aggregation].feed(rows, log_weights).to(table.dtype)
+
+
+# --------------------------------------------------------------- 3. the log-probability of a step
+# GRPO raises the log-probability of steps that led to rewards. What is it for a mixture? A step is
+# of one of four kinds, and only what the policy itself drew has a score:
+#
+#     PAD      the row has ended before                                     0
+#     FORCED   a rule put this token in, and nobody drew it                 0
+#     TOKEN    y ~ p was fed: an answer's token, or the end of a thought    log p(y)
+#     MIXED    y ~ p did not end the thought, so a mixture was fed          see below
+#
+# The paper scores tokens: `representative` is log p of the token read, `weighted` the candidates'
+# mean, sum_i w_i log p(v_i). `exact` is the log-probability of what was drawn at this step, and of
+# nothing else:
+#
+#     log(1 - p_end)    y ~ p did not end the thought (section 4)
+#     + log P'(v)       if the candidates were drawn
+#     + log f(w)        if the weights were drawn; f is a density
+#     + log P'(y)       if the token read was drawn by itself, and if something depends on it
+#
+# Then a trajectory's probability is the product of its steps', and sum P R grad log P is the policy
+# gradient: a test enumerates it all on five tokens. In the example above, if draws without
+# replacement gave a, then b, with w = p^:
+#
+#     representative   log 0.40                                        = -0.92
+#     weighted         0.625 log 0.40 + 0.375 log 0.24                 = -1.11
+#     exact            log 0.80 + log 0.50 + log(0.30 / (1 - 0.50))    = -1.43
+PAD, FORCED, TOKEN, MIXED = range(4)
+
+
+def mixture_logprob(logits, tokens, log_weights, representative, cfg):
+    """Log-prob (...) of steps (..., k) under the model that gave `logits` (..., V), where no token
+    ends a thought. A step with more than one filled slot is a mixture."""
+    filled = (log_weights > -INF).sum(-1)  # (...)
+    kind = torch.where(filled > 1, MIXED, TOKEN)
+    nothing = tokens.new_zeros(1, logits.shape[-1])
+    step = Steps(tokens, log_weights, representative, kind, torch.zeros_like(kind))
+    return step_logprob(logits, step, TagTable(nothing, nothing.bool()), cfg)
+
+
+def step_logprob(logits, step, tag, cfg):
+    """Log-prob (...) of recorded Steps under the model that gave `logits` (..., V)."""
+    tokens, log_w, read, kind, matched = step[:5]
+    candidates, weights = SAMPLING[cfg.sampling], AGGREGATION[cfg.aggregation]
+    log_p = step_distribution(logits, matched, tag, cfg)  # (..., V)
+    log_y = log_p.gather(-1, read[..., None])[..., 0]  # (...)
+    empty, mixed = log_w == -INF, kind == MIXED  # (..., k), (...)
+    if cfg.logprob == "representative":
+        return log_y
+    if cfg.logprob == "weighted":  # w is data: a gradient through it could push a chosen token down
+        return (log_w.detach().exp() * log_p.gather(-1, tokens).masked_fill(empty, 0.0)).sum(-1)
+    ends = tag.ends[matched] & mixed[..., None]  # (..., V)
+    log_go_on = log_p.masked_fill(ends, -INF).logsumexp(-1)  # (...) log(1 - p_end)
+    log_q = (log_p - log_go_on[..., None]).masked_fill(ends, -INF)  # (..., V) log p'
+    log_hat = log_q.gather(-1, tokens).masked_fill(empty, -INF).log_softmax(-1)  # (..., k)
+    score = log_go_on
+    if candidates.logprob:
+        score = score + candidates.logprob(log_q, tokens, cfg)
+    elif not weights.reads_largest:  # y ~ Cat(w): how likely is one with the same consequences?
+        log_read = log_w
+        if not weights.logdensity:
+            log_read = weights.weigh(log_hat, cfg).masked_fill(empty, -INF).log_softmax(-1)
+        after = tag.after[matched[..., None], tokens]  # (..., k) the text's state: see section 4
+        alike = after == tag.after[matched, read][..., None]
+        alike = slot_of(tokens, read) if weights.reweigh else alike & ~empty
+        score = score + log_read.masked_fill(~alike, -INF).logsumexp(-1)
+    if weights.logdensity:
+        log_hat, log_w = log_hat.masked_fill(empty, 0.0), log_w.masked_fill(empty, 0.0)
+        score = score + weights.logdensity(log_hat, log_w, ~empty, cfg)
+    return torch.where(mixed, score, log_y)
+
+
+# ----------------------------------------------------------------------- 4. the end of a thought
+# To end a thought is a choice of its own. At each thinking step an ordinary token y is drawn from
+# p. If its text completes `</think>`, or if it is an EOS, the thought ends with it, as in any
+# language model. If not, the step mixes from p', which is p without the tokens that would have
+# ended the thought. So a mixture never holds an ending token: an input that is a quarter `</think>`
+# is one that no model has seen. (The published codes mix first, and look afterwards whether the
+# token read is the tag. docs/evidence.md compares the two.) `cfg.end` has other rules:
+#
+#     most-likely      the thought ends where the arg-max of p would end it, and nowhere else
+#     entropy, steps   also when H(p) was small for end_patience steps, or after end_steps
+#
+# What these put in is FORCED. The tag is looked for in the text, not among the ids: for Qwen2.5 it
+# is three tokens, of which the last may swallow what follows (`>\n` is one token). All that matters
+# of the text is how many characters of the tag it ends with, 0 to 7, or one of two more states.
+TAG = "</think>"
+ANSWER = len(TAG)  # the tag is complete
+ENDED = ANSWER + 1  # an EOS was read
+
+
+class TagTable(NamedTuple):
+    """What a token does, by the state before it (`matched`) and its id."""
+
+    after: Tensor  # (10, V) the state after it
+    ends: Tensor  # (10, V) bool: it ends a thought
+
+
+@lru_cache(maxsize=8)
+def tag_table(tokenizer, vocabulary, eos_ids):
+    """The TagTable of a tokenizer, for V = `vocabulary` and a tuple of EOS ids."""
+    after = torch.zeros(ENDED + 1, vocabulary, dtype=torch.long)
+    ids = [[i] for i in range(min(len(tokenizer), vocabulary))]
+    texts = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
+    for token, text in enumerate(texts):
+        if "<" in text or ">" in text or text in TAG:  # no other text begins or continues the tag
+            for matched in range(ANSWER):
+                seen = TAG[:matched] + text
+                longest = max(n for n in range(ANSWER) if seen.endswith(TAG[:n]))
+                after[matched, token] = ANSWER if TAG in seen else longest
+    after[ANSWER] = ANSWER
+    after[:, eos_ids] = ENDED
+    after[ENDED] = ENDED
+    ends = after >= ANSWER
+    ends[ANSWER:] = False  # there is no thought to end
+    return TagTable(after, ends)
+
+
+def step_distribution(logits, matched, tag, cfg):
+    """log p (..., V) of steps that begin in the states `matched` (...)."""
+    T = cfg.temperature
+    if cfg.answer_temperature:
+        T = torch.where(matched < ANSWER, T, cfg.answer_temperature)[..., None]
+    if cfg.end == "most-likely":  # no draw ends the thought, so that p is p'
+        logits = logits.masked_fill(tag.ends[matched], -INF)
+    return token_distribution(logits, T)
+
+
+# ---------------------------------------------------------------------------------- 5. rollouts
+# For one chain, and without a cache, a rollout would be
+#
+#     inputs = E[prompt]
+#     while the row has not ended:
+#         z = model(inputs)[-1]
+#         y = a draw from softmax(z / T)
+#         if the row thinks and y does not end its thought:
+#             v, w = sample_mixture(z without the ending tokens)
+#             inputs = inputs + [sum_i w_i E[v_i]]
+#         else:
+#             inputs = inputs + [E[y]]
+#
+# This section does that for all chains at once. Prompts are padded on the left, so that step t of
+# every row sits in slot P + t. A prompt is read once, and its keys and values are copied to its G
+# chains. A step works in place on tensors that stay where they are, and it never asks the GPU for a
+# value, so that CUDA can record it once and replay it as one graph.
+class Steps(NamedTuple):
+    """Recorded steps: ids and weights, no embeddings, so that each model (policy, reference) looks
+    them up in its own table."""
+
+    tokens: Tensor  # (B, T, k)
+    log_weights: Tensor  # (B, T, k) ordinary tokens are one-hot, in the first slot
+    representative: Tensor  # (B, T) the token that a reader sees
+    kind: Tensor  # (B, T) PAD, FORCED, TOKEN or MIXED
+    matched: Tensor  # (B, T) the state before the step: see section 4
+    log_pv: Tensor = None  # (B, T, k) log p of the tokens
+    logprob: Tensor = None  # (B, T) as sampled; 0 where the policy drew nothing
+    entropy: Tensor = None  # (B, T) H(p) in nats
+
+
+class Rollout(NamedTuple):
+    """B trajectories, one row a chain, the chains of a prompt adjacent. The fields of `steps` are
+    attributes of the Rollout too."""
+
+    steps: Steps
+    prompt_ids: Tensor  # (B, P) padded on the left
+    prompt_mask: Tensor  # (B, P) False on the padding
+    prompt: Tensor  # (B,) which prompt a row belongs to
+    tag: TagTable
+    texts: list[str]
+
+    mask = property(lambda self: self.kind > PAD)  # (B, T) real steps
+    sampled = property(lambda self: self.kind > FORCED)  # (B, T) those with a score and a loss
+    mixed = property(lambda self: self.kind == MIXED)  # (B, T) those that fed a mixture
+    thinking = property(lambda self: self.matched < ANSWER)  # (B, T) the thought and its end
+
+    def __getattr__(self, name):
+        return getattr(self.steps, name)
+
+    @property
+    def eos(self):
+        """(B, T) the step that ended a row."""
+        return self.mask & (self.tag.after[self.matched, self.representative] == ENDED)
+
+    def select(self, rows):
+        """These rows (a LongTensor), with the padding trimmed and without texts."""
+        P = max(1, int(self.prompt_mask[rows].sum(1).max()))
+        T = max(1, int(self.mask[rows].sum(1).max()))
+        return Rollout(
+            Steps(*(x[rows, :T] for x in self.steps)),
+            self.prompt_ids[rows, -P:],
+            self.prompt_mask[rows, -P:],
+            self.prompt[rows],
+            self.tag,
+            [],
+        )
+
+
+# transformers 5.24 renamed this argument. cuDNN's attention is left out: with a mask its gradient
+# is NaN at some lengths (pytorch#196678), and it makes a plan for each new shape.
+CACHE = "cache" if transformers.__version__ >= "5.24" else "past_key_values"
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def forward(model, embeds, mask, position, cache, **more):
+    """The model below its head, on embeddings (B, Q, d) that follow what the cache holds."""
+    more |= {"attention_mask": mask, "position_ids": position, CACHE: cache, "use_cache": True}
+    with sdpa_kernel(ATTENTION):
+        return model.base_model(inputs_embeds=embeds, **more)
+
+
+def read_prompts(model, ids, mask, **more):
+    """Reads n distinct prompts (n, P); returns the model's output and its cache."""
+    cache = transformers.DynamicCache(config=model.config)
+    embeds = F.embedding(ids, model.get_input_embeddings().weight)  # (n, P, d)
+    position = (mask.cumsum(1) - 1).clamp(min=0)  # (n, P)
+    return forward(model, embeds, mask.long(), position, cache, **more), cache
+
+
+class Decoder:
+    """The state of a rollout: prompts (n, P), and where each of the B rows is."""
+
+    def __init__(self, model, tag, tag_ids, ids, mask, cfg, generator):
+        self.model, self.tag, self.tag_ids, self.cfg = model, tag, tag_ids, cfg
+        self.generator, self.head = generator, model.get_output_embeddings()
+        out, prompts = read_prompts(model, ids, mask)
+        self.logits = self.head(out.last_hidden_state[:, -1]).repeat_interleave(cfg.chains, 0)
+        mask = mask.repeat_interleave(cfg.chains, 0)  # (B, P)
+        (B, self.P), T, k = mask.shape, cfg.max_new_tokens, cfg.k
+        slots = (self.P + T + 15) // 16 * 16  # attention pads other lengths anew in each layer
+        self.cache = transformers.StaticCache(config=model.config, max_cache_len=slots)
+        for i, layer in enumerate(prompts.layers):  # each is freed before the next is copied
+            copies = (x.repeat_interleave(cfg.chains, 0) for x in (layer.keys, layer.values))
+            self.cache.update(*copies, i)
+            layer.keys = layer.values = None
+        hidden = F.pad(~mask, (0, slots - self.P), value=True)[:, None, None]  # (B, 1, 1, slots)
+        self.attention_bias = hidden.to(model.dtype) * -1e9  # added to q k: 0 where a row may look
+        self.start = mask.sum(1, keepdim=True)  # (B, 1) lengths of the prompts
+        self.rows = torch.arange(B, device=ids.device)  # (B,) places in the record
+        self.matched, self.streak = ids.new_zeros(2, B)  # the text's state; steps towards the end
+        self.t = ids.new_tensor([0])
+        self.one_hot = torch.full((k,), -INF, device=ids.device).index_fill(0, self.t, 0.0)  # (k,)
+        numbers = torch.zeros(B, T, device=ids.device)
+        self.record = Steps(
+            tokens=ids.new_zeros(B, T, k),
+            log_weights=self.one_hot.repeat(B, T, 1),
+            representative=ids.new_zeros(B, T),
+            kind=ids.new_full((B, T), PAD),
+            matched=ids.new_full((B, T), ENDED),
+            log_pv=self.one_hot.repeat(B, T, 1),
+            logprob=numbers,
+            entropy=numbers.clone(),
+        )
+
+    def keep(self, rows):
+        """Drops the rows that have ended: all but these (a LongTensor)."""
+        self.rows, self.start, self.logits = self.rows[rows], self.start[rows], self.logits[rows]
+        self.matched, self.streak = self.matched[rows], self.streak[rows]
+        self.attention_bias = self.attention_bias[rows]
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
+    def forced(self):
+        """Rows (B,) in which a rule ends the thought, and the tokens (B,) that it puts in."""
+        if self.cfg.end == "most-likely":
+            token = self.logits.argmax(-1)
+            return self.tag.ends[self.matched, token], token
+        patience = {"entropy": self.cfg.end_patience, "steps": self.cfg.end_steps}
+        place = self.streak - patience.get(self.cfg.end, INF)  # (B,) in the tag
+        token = self.tag_ids[place.clamp(0, len(self.tag_ids) - 1).long()]
+        return (self.matched < ANSWER) & (place >= 0), token
+
+    def choose(self):
+        """Draws an ordinary token; where that does not end the thought, mixes. Steps of (B, ...)."""
+        cfg, matched, tag, generator = self.cfg, self.matched, self.tag, self.generator
+        log_p = step_distribution(self.logits, matched, tag, cfg)  # (B, V)
+        entropy = entropy_of(log_p)  # (B,)
+        forced, token = self.forced()
+        y = torch.where(forced, token, draw(log_p, generator))  # (B,)
+        mixes = (matched < ANSWER) & ~forced & ~tag.ends[matched, y]  # (B,)
+        mixes &= (entropy >= cfg.mix_entropy) & (self.t < (cfg.mix_steps or INF))
+        if cfg.k == 1 and SAMPLING[cfg.sampling].logprob:  # one draw is an ordinary token
+            mixes = torch.zeros_like(mixes)
+        z = self.logits.masked_fill(tag.ends[matched], -INF)  # (B, V) of p'
+        m = sample_mixture(z, cfg, generator, first=y)
+        tokens = torch.where(mixes[:, None], m.tokens, y[:, None])  # (B, k)
+        log_w = torch.where(mixes[:, None], m.log_weights, self.one_hot)
+        kind = torch.where(forced, FORCED, torch.where(mixes, MIXED, TOKEN))
+        kind = kind.masked_fill(matched == ENDED, PAD)
+        step = Steps(tokens, log_w, torch.where(mixes, m.representative, y), kind, matched)
+        logprob = step_logprob(self.logits, step, tag, cfg).masked_fill(kind <= FORCED, 0.0)
+        return step._replace(log_pv=log_p.gather(1, tokens), logprob=logprob, entropy=entropy)
+
+    def step(self):
+        """Chooses, records, moves the state behind the token read, feeds the mixture."""
+        cfg, step = self.cfg, self.choose()
+        for recorded, chosen in zip(self.record, step):
+            recorded[self.rows, self.t] = chosen
+        sharp = step.entropy < (cfg.end_entropy if cfg.end == "entropy" else INF)
+        counts = sharp | (step.kind == FORCED)  # a tag that has begun goes on
+        self.streak.copy_((self.streak + 1).masked_fill(~counts, 0))
+        self.matched.copy_(self.tag.after[self.matched, step.representative])
+        self.attention_bias.index_fill_(3, self.P + self.t, 0.0)
+        table = self.model.get_input_embeddings().weight
+        embeds = mixture_embedding(table, step.tokens, step.log_weights, cfg.aggregation)  # (B, d)
+        position = self.start + self.t  # (B, 1)
+        out = forward(self.model, embeds[:, None], self.attention_bias, position, self.cache)
+        self.logits.copy_(self.head(out.last_hidden_state[:, 0]))
+        self.t.add_(1)
+
+
+def captured(step, generator):
+    """`step` as one CUDA graph: capturing records what it does, and does not run it."""
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except Exception as e:  # noqa: BLE001  (some models read a value at each step)
+        print(f"motg: goes on without a CUDA graph, slower: {first_line(e)}", file=sys.stderr)
+        return step
+    return graph.replay
+
+
+def rollout(model, tokenizer, prompts: list[str], cfg, generator=None) -> Rollout:
+    """`cfg.chains` trajectories for each prompt. A prompt is templated text that ends in the opened
+    thought, so that every row begins by thinking."""
+    check_model(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    how = {"padding": True, "padding_side": "left", "add_special_tokens": False}
+    batch = tokenizer(prompts, **how, return_tensors="pt").to(model.device)
+    ids, mask = batch.input_ids, batch.attention_mask.bool()  # (n, P)
+    tag = tag_table(tokenizer, model.config.vocab_size, eos_ids(model, tokenizer))
+    tag = TagTable(*(x.to(ids.device) for x in tag))
+    tag_ids = ids.new_tensor(tokenizer.encode(TAG, add_special_tokens=False))
+    with torch.no_grad() if ids.is_cuda else torch.inference_mode():  # which graphs cannot take
+        decoder = Decoder(model, tag, tag_ids, ids, mask, cfg, generator)
+        step = decoder.step
+        for t in range(cfg.max_new_tokens):
+            step()
+            if ids.is_cuda and t == 0:  # the first step has set up what a capture needs
+                step = captured(step, generator)
+            if ids.is_cuda and t % 16 < 15:
+                continue  # the next lines wait for the GPU
+            live = decoder.matched < ENDED  # (B,)
+            if not live.any():
+                break
+            if t % 8 == 7 and not (ids.is_cuda or live.all()):  # a graph cannot shrink
+                decoder.keep(live.nonzero()[:, 0])
+    rows = torch.arange(len(ids) * cfg.chains, device=ids.device)  # (B,)
+    prompt = rows // cfg.chains
+    r = Rollout(decoder.record, ids[prompt], mask[prompt], prompt, tag, []).select(rows)
+    shown = zip(r.representative.cpu(), (r.mask & ~r.eos).cpu())
+    texts = [tokenizer.decode(y[i], clean_up_tokenization_spaces=False) for y, i in shown]
+    return r._replace(texts=texts)
+
+
+# ------------------------------------------------------------- 6. log-probabilities in parallel
+# While sampling, a step waits for the one before it. Afterwards all inputs are known, and one pass
+# over them gives every step's logits, with gradient. All of them at once, (B, T, V) in float32,
+# would fill the memory: a chunk exists at a time, and again in the backward pass.
+LOGITS_CHUNK = 2**24  # numbers
+
+
+def completion_hidden(model, r, log_weights, cfg):
+    """Hidden states (B, T, d) from which each step was predicted: the embeddings', every layer's."""
+    _, chains = torch.unique_consecutive(r.prompt, return_counts=True)  # (n,) rows a prompt
+    first = chains.cumsum(0) - chains  # (n,) the first of them
+    more = {"output_hidden_states": True}
+    prompt, cache = read_prompts(model, r.prompt_ids[first], r.prompt_mask[first], **more)
+    cache.batch_repeat_interleave(chains)
+    table, T = model.get_input_embeddings().weight, r.kind.shape[1]
+    embeds = mixture_embedding(table, r.tokens, log_weights, cfg.aggregation)  # (B, T, d)
+    visible = F.pad(r.prompt_mask, (0, T), value=True).long()  # (B, P + T)
+    position = visible.cumsum(1)[:, -T:] - 1  # (B, T)
+    steps = forward(model, embeds, visible, position, cache, **more)
+    found = []
+    for before, after in zip(prompt.hidden_states, steps.hidden_states):  # (n, P, d), (B, T, d)
+        end = before[:, -1:].repeat_interleave(chains, dim=0)  # (B, 1, d) it predicts step 0
+        found.append(torch.cat([end, after[:, :-1]], dim=1))  # step t - 1 predicts step t
+    return found
+
+
+# If the weights are functions of p, the parameters act a second time: theta -> w_1 -> the input of
+# step 2 -> p_2. Scores of recorded weights miss that path. It can be had in parallel. Pass 0 runs
+# over the recorded inputs and gives each step's weights as functions of theta, equal in value to
+# the record. Pass 1 runs over inputs built from these, so its scores have the gradient through one
+# w; pass n has it through n in a row. A thought of T steps needs T - 1 passes to be exact.
+def weights_of_p(logits, step, tag, cfg):
+    """log w (N, k) of recorded Steps: the value is the record's, the gradient that of w(p)."""
+    weights, log_w = AGGREGATION[cfg.aggregation], step.log_weights
+    if weights.logdensity:  # they were drawn
+        return log_w
+    ends = tag.ends[step.matched] & (step.kind == MIXED)[:, None]  # (N, V)
+    log_q = token_distribution(logits.masked_fill(ends, -INF), cfg.temperature)  # log p'
+    empty = log_w == -INF  # (N, k)
+    log_hat = log_q.gather(-1, step.tokens).masked_fill(empty, -INF).log_softmax(-1)
+    of_p = weights.weigh(log_hat, cfg).masked_fill(empty, -INF).log_softmax(-1)
+    if weights.reweigh:
+        of_p = weights.reweigh(log_hat, log_q, slot_of(step.tokens, step.representative), cfg)
+    of_p = of_p.masked_fill(empty, 0.0)
+    return log_w + of_p - of_p.detach()
+
+
+def rollout_logprobs(model, rollout, cfg, micro_batch=None):
+    """Log-probs (B, T) of every sampled step under `model`, with gradient; 0 elsewhere."""
+    r, sampled, head = rollout, rollout.sampled, model.get_output_embeddings()
+    if micro_batch:
+        rows = torch.arange(len(sampled), device=sampled.device).split(micro_batch)
+        parts = [rollout_logprobs(model, r.select(i), cfg) for i in rows]
+        return torch.cat([F.pad(p, (0, sampled.shape[1] - p.shape[1])) for p in parts])
+    check_model(model)
+    steps = Steps(*(x[sampled] for x in r.steps))  # (N, k) or (N,)
+
+    def in_chunks(function, log_weights):
+        """`function` of every step, if the inputs are made with these weights (B, T, k)."""
+        hidden = completion_hidden(model, r, log_weights, cfg)[-1][sampled]  # (N, d)
+
+        def of_chunk(i):
+            return function(head(hidden[i]), Steps(*(x[i] for x in steps)), r.tag, cfg)
+
+        size = max(1, LOGITS_CHUNK // len(head.weight))
+        chunks = torch.arange(len(hidden), device=hidden.device).split(size)
+        how = {"use_reentrant": False, "preserve_rng_state": False}
+        return torch.cat([checkpoint(of_chunk, i, **how) for i in chunks])
+
+    log_weights = r.log_weights
+    bf16 = compute_dtype(model, cfg) == torch.bfloat16
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        for _ in range(cfg.weight_passes if head.weight.requires_grad else 0):
+            of_p = in_chunks(weights_of_p, log_weights)  # (N, k)
+            log_weights = r.log_weights.masked_scatter(sampled[..., None], of_p)
+        scores = in_chunks(step_logprob, log_weights)  # (N,)
+    return torch.zeros_like(r.logprob).masked_scatter(sampled, scores)
+
+
+# --------------------------------------------------------------------------------------- 7. GRPO
+# The G chains of a prompt are compared with each other. A chain's advantage is how much better it
+# did than its group: rewards (2.5, 0.5, 0.5, 0.5) have mean 1.0 and standard deviation 1.0, so the
+# advantages are (1.5, -0.5, -0.5, -0.5).
+def group_advantages(rewards):
+    """A = (r - mean) / (std + 1e-4) within each group: (n, G) -> (n, G)."""
+    return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)
+
+
+def grpo_loss(logprob, old_logprob, ref_logprob, advantages, mask, cfg, chains=None, tokens=None):
+    """PPO's clipped objective on group advantages A (B,), plus a KL penalty; the rest is (B, T).
+
+        ratio = pi / pi_old      k3 = pi_ref / pi - log(pi_ref / pi) - 1, unbiased and >= 0
+        loss  = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) + beta k3
+
+    `chains` and `tokens` count the whole batch, of which this may be a part. Returns the loss and a
+    dict of means. With one update a batch, pi_old is pi: the ratio is 1, nothing is clipped, and
+    the first term's gradient is REINFORCE's. The clip is here for who updates more often.
+    """
+    if cfg.loss_average == "token":  # the mean of all sampled steps
+        weight = mask / (tokens or mask.sum().clamp(min=1))  # (B, T)
+    else:  # the mean of a chain's steps, and then of the chains
+        weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / (chains or len(mask))
+    A = advantages[:, None]  # (B, 1)
+    ratio = (logprob - old_logprob).masked_fill(mask == 0, 0.0).exp()  # (B, T)
+    free = ratio * A
+    clipped = ratio.clamp(1 - cfg.clip, 1 + cfg.clip) * A
+    kl = torch.zeros_like(ratio)
+    if ref_logprob is not None:
+        log_r = (ref_logprob - logprob).masked_fill(mask == 0, 0.0)
+        kl = log_r.exp() - log_r - 1
+    parts = {
+        "loss": weight * (cfg.kl_beta * kl - torch.min(free, clipped)),
+        "kl": weight * kl,
+        "clipped": weight * (free > clipped),
+    }
+    return parts["loss"].sum(), {name: x.sum().item() for name, x in parts.items()}
+
+
+# --------------------------------------------------------------------------- 8. the training loop
+def attempt(model, tokenizer, problems, cfg, generator):
+    """Rolls out G chains a problem; returns the Rollout, and each row's rewards: a list of dicts."""
+    r = rollout(model, tokenizer, [prompt for _, _, prompt in problems], cfg, generator)
+    return r, rewards([problem for problem in problems for _ in range(cfg.chains)], r.texts)
+
+
+def collect(sampler, tokenizer, cfg, steps, generator):
+    """The experience of some steps (a range): a Rollout, advantages (B,), rewards, what to log."""
+    generator.manual_seed(cfg.seed * 1_000_003 + steps[0] + 1)  # the step is all the random state
+    counts.clear()
+    numbers = range(steps[0] * cfg.prompts_per_step, steps.stop * cfg.prompts_per_step)
+    batch = [train_problem(cfg, tokenizer, n) for n in numbers]
+    r, parts = attempt(sampler, tokenizer, batch, cfg, generator)
+    reward = torch.tensor([part["reward"] for part in parts], device=r.kind.device)
+    reward = reward.view(-1, cfg.chains)  # (n, G)
+    equal = (reward == reward[:, :1]).all(1)  # (n,) nothing to compare, so no gradient
+    log = {"step": steps[0], "no_gradient": equal.float().mean().item()}
+    log |= {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+    log |= step_probes(r) | {name: counts[name] for name in COUNTS}
+    return r, group_advantages(reward).flatten(), parts, log
+
+
+def micro_batches(r, cfg):
+    """The rows (LongTensors) of micro-batches of about `micro_tokens` tokens. Prompts whose longest
+    chains are alike come together, so that there is little padding."""
+    longest = r.mask.sum(1).view(-1, cfg.chains).amax(1)  # (n,)
+    order = longest.argsort()
+    rows = torch.arange(len(r.kind), device=r.kind.device).view(-1, cfg.chains)[order].flatten()
+    lengths = longest[order].repeat_interleave(cfg.chains) + r.prompt_mask.shape[1] / cfg.chains
+    start, parts = 0, []
+    for i, length in enumerate(lengths.tolist()):  # ascending
+        if i > start and (i + 1 - start) * length > cfg.micro_tokens:
+            parts.append(rows[start:i])
+            start = i
+    return [*parts, rows[start:]]
+
+
+def update(policy, reference, optimizer, r, advantages, cfg, lr):
+    """One optimiser update on a Rollout and its advantages (B,). The loss is over the whole batch's
+    counts, so that its gradient does not depend on the micro-batches."""
+    chains, tokens, log = len(r.kind), max(1, int(r.sampled.sum())), Counter()
+    for rows in micro_batches(r, cfg):
+        part, A = r.select(rows), advantages[rows]
+        ref = rollout_logprobs(reference, part, cfg) if reference else None
+        new = rollout_logprobs(policy, part, cfg)  # (B, T)
+        old = new.detach()  # one update a batch: this is the policy that has sampled
+        loss, stats = grpo_loss(new, old, ref, A, part.sampled, cfg, chains, tokens)
+        loss.backward()
+        gap = (old - part.logprob).abs().sum().item()  # on a GPU the sampler is a bf16 copy
+        log.update(stats | {"sampler_gap": gap / tokens})
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip).item()
+    optimizer.param_groups[0]["lr"] = lr
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return dict(log) | {"grad_norm": norm, "lr": lr, "skipped": int(not math.isfinite(norm))}
+
+
+def train(cfg):
+    """The whole method: roll out, reward, compare within groups, update."""
+    policy, tokenizer, reference, sampler, optimizer = learner(cfg)
+    generator, tests = torch.Generator(policy.device), test_problems(cfg, tokenizer)
+    state = load_run(cfg, policy, optimizer)
+    test = partial(evaluate, sampler, tokenizer, cfg, generator, tests)
+    if state["before"] is None:
+        state["before"] = test()["pass@1"]
+    bar = tqdm(range(state["step"], cfg.steps, cfg.accumulate), desc=cfg.method, disable=None)
+    for step in bar:
+        done = state["step"] = min(step + cfg.accumulate, cfg.steps)
+        steps = range(step, done)
+        r, advantages, parts, log = collect(sampler, tokenizer, cfg, steps, generator)
+        lr = cfg.lr * min(1, (step + cfg.accumulate) / max(1, cfg.warmup * cfg.steps))
+        log |= update(policy, reference, optimizer, r, advantages, cfg, lr)
+        sampler.load_state_dict(policy.state_dict())
+        if cfg.eval_every and step // cfg.eval_every < done // cfg.eval_every:
+            log["test_accuracy"] = test()["pass@1"]
+        state["metrics"] += json.dumps(log) + "\n"
+        saves = done == cfg.steps or step // cfg.save_every < done // cfg.save_every
+        for row in range(cfg.chains if saves or step == 0 else 0):
+            sample = {"step": step, **parts[row], "trajectory": readable(r, row, tokenizer)}
+            state["samples"] += json.dumps(sample) + "\n"
+        write(cfg, "metrics.jsonl", state["metrics"])
+        write(cfg, "samples.jsonl", state["samples"])
+        bar.set_postfix({name: f"{log[name]:.2f}" for name in ("reward", "correct", "entropy")})
+        if saves:
+            save_run(cfg, state, policy, optimizer)
+    finish_run(cfg, state, policy, tokenizer, test()["pass@1"])
+
+
+# ==================================================================================================
+# PART TWO: WHAT SURROUNDS IT
+# ------------------------------------------------------------------- 9. other rules and methods
+
+
+def nucleus(log_p, first, cfg, generator=None):
+    """The smallest set whose mass reaches top_p, at most k."""
+    tokens, log_pv = top_k(log_p, first, cfg)
+    p = log_pv.exp()
+    before = p.cumsum(-1) - p  # a token stays while the mass before it is below top_p
+    return tokens, log_pv.masked_fill(before >= cfg.top_p, -INF)
+
+
+def min_p(log_p, first, cfg, generator=None):
+    """The tokens with p >= min_p max p, at most k."""
+    tokens, log_pv = top_k(log_p, first, cfg)
+    return tokens, log_pv.masked_fill(log_pv < log_pv[:, :1] + math.log(cfg.min_p), -INF)
+
+
+def with_replacement(log_p, first, cfg, generator=None):
+    """k independent draws (Multiplex Thinking)."""
+    tokens = torch.stack([first, *(draw(log_p, generator) for _ in range(cfg.k - 1))], dim=-1)
+    return tokens, log_p.gather(-1, tokens)
+
+
+def largest(rows, log_weights):
+    """The element-wise maximum of the candidates' embeddings, whatever their weights."""
+    return rows.masked_fill((log_weights == -INF)[..., None], -INF).amax(-2)
+
+
+def posterior(log_hat, log_p, read, cfg):
+    """Mixture of Inputs: w = (H p^ + (beta + 1 - H) read) / (beta + 1), H = H(p) over log V."""
+    H = entropy_of(log_p)[..., None] / math.log(max(2, log_p.shape[-1]))  # (..., 1)
+    w = (H * log_hat.exp() + (cfg.moi_beta + 1 - H) * read) / (cfg.moi_beta + 1)
+    return w.clamp(min=1e-30).log().masked_fill(log_hat == -INF, -INF)
+
+
+def gumbel(log_hat, cfg, generator=None):
+    """w = softmax((log p^ + g) / tau), g Gumbel noise (SofT-GRPO, LEPO)."""
+    return (log_hat + gumbel_noise(log_hat, generator)) / cfg.gumbel_tau
+
+
+def concrete_logdensity(log_hat, log_w, filled, cfg):
+    """The density of such w, called Concrete (Maddison et al. 2017, eq. 10)."""
+    n = filled.sum(-1)  # (...)
+    x = log_hat - cfg.gumbel_tau * log_w  # (..., k)
+    constant = n.float().lgamma() + (n - 1) * math.log(cfg.gumbel_tau)
+    log_total = x.masked_fill(~filled, -INF).logsumexp(-1)
+    return constant + ((x - log_w) * filled).sum(-1) - n * log_total
+
+
+SAMPLING |= {
+    "nucleus": Candidates(nucleus),
+    "min-p": Candidates(min_p),
+    "with-replacement": Candidates(
+        with_replacement, lambda log_p, tokens, cfg: log_p.gather(-1, tokens).sum(-1)
+    ),
+}
+AGGREGATION |= {
+    "uniform": Weights(lambda log_hat, cfg, generator=None: torch.zeros_like(log_hat)),
+    "max": Weights(in_proportion, feed=largest),
+    "posterior": Weights(in_proportion, reweigh=posterior),
+    "gumbel": Weights(gumbel, concrete_logdensity, reads_largest=True),
+}
+TOP_K = {"sampling": "top-k"}
+DRAWN = {"sampling": "without-replacement", "aggregation": "probability"}
+AGAIN = {"sampling": "with-replacement", "k": 3}
+GUMBEL = {"sampling": "top-k", "aggregation": "gumbel"}
+METHODS = {
+    "single": {**DRAWN, "k": 1},
+    "dirichlet": {**TOP_K, "aggregation": "dirichlet"},
+    "different-tokens": {**DRAWN, "logprob": "weighted"},
+    "soft-thinking": {**TOP_K, "aggregation": "probability"},
+    "mixture-of-inputs": {**TOP_K, "aggregation": "posterior"},
+    "multiplex": {**AGAIN, "aggregation": "probability", "logprob": "exact"},
+    "cot2": {**AGAIN, "aggregation": "uniform", "logprob": "weighted"},
+    "soft-grpo": {**GUMBEL, "k": 5, "gumbel_tau": 0.1, "logprob": "exact"},
+    "lepo": {**GUMBEL, "k": 30, "gumbel_tau": 0.5, "mix_steps": 32, "logprob": "weighted"},
+}
+SMOKE = {
+    "model": "",
+    "task": "chain_sum",
+    "task_settings": '{"min_terms": 3, "max_terms": 4, "max_digits": 1}',
+    "max_new_tokens": 40,
+    "chains": 8,
+    "prompts_per_step": 16,
+    "accumulate": 1,
+    "save_every": 40,
+    "steps": 80,
+    "lr": 3e-5,
+    "grad_clip": 1.0,
+    "kl_beta": 0.01,
+    "loss_average": "token",  # a mean over each chain would weigh short guesses more
+    "micro_tokens": 1024,
+    "eval_problems": 256,
+}
+CHOICES = {
+    "sampling": SAMPLING,
+    "aggregation": AGGREGATION,
+    "logprob": ("representative", "weighted", "exact"),
+    "end": ("drawn", "most-likely", "entropy", "steps"),
+    "loss_average": ("chain", "token"),
+    "device": ("auto", "cuda", "cpu"),
+    "precision": ("auto", "fp32", "bf16"),
+}
+ZERO_TOO = """answer_temperature moi_beta mix_steps mix_entropy weight_passes end_entropy steps lr
+warmup kl_beta clip eval_every seed""".split()  # the other numbers are above 0
+MOST = {"top_p": 1, "min_p": 1, "warmup": 1, "clip": 1, "seed": 10**6 - 1}
 
 
 class UserError(ValueError):
@@ -132,512 +968,50 @@ def require(ok, message):
         raise UserError(message)
 
 
+def first_line(error):
+    """The first line of what an exception says."""
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]
+
+
 @contextmanager
 def refusing(message):
     """Turns an exception inside into a UserError: `message`, and the first line of its own."""
     try:
         yield
     except Exception as e:
-        said = (str(e).strip() or repr(e)).splitlines()[0][:200]
-        raise UserError(f"{message} ({said})") from e
+        raise UserError(f"{message} ({first_line(e)})") from e
 
 
 def make_config(method="dirichlet", **overrides) -> Config:
     """Defaults, then --smoke's, then the method's, then `overrides`. Raises UserError."""
     require(method in METHODS, f"unknown method {method!r}; allowed: {', '.join(METHODS)}")
-    smoke = SMOKE if overrides.get("smoke") else {}
+    smoke = dict(SMOKE) if overrides.get("smoke") else {}
+    if overrides.get("task", SMOKE["task"]) != SMOKE["task"]:
+        smoke.pop("task_settings", None)  # they belong to its own task
     with refusing("unknown setting"):
         cfg = Config(**smoke | METHODS[method] | overrides | {"method": method})
     for f in fields(cfg):
-        value, choices = getattr(cfg, f.name), f.metadata["choices"] or RULES.get(f.name)
+        value, choices = getattr(cfg, f.name), CHOICES.get(f.name)
         if choices:
             require(value in choices, f"{f.name} = {value!r}; allowed: {', '.join(choices)}")
         elif f.type in (int, float):
-            least = 0 if f.default == 0 or f.name in OR_ZERO else f.type(1e-6) or 1
-            most = LARGEST.get(f.name, 10**9)
-            ok = type(value) in (int, float) and least <= value <= most
-            require(ok, f"{f.name} = {value!r}; allowed: {least} to {most}")
+            least, most = f.name in ZERO_TOO, MOST.get(f.name, 10**9)
+            ok = type(value) in (int, f.type) and (value > 0 or least and value == 0)
+            allowed = f"{'0' if least else 'above 0'} to {most}"
+            require(ok and value <= most, f"{f.name} = {value!r}; allowed: {allowed}")
     require(cfg.task in reasoning_gym.factory.DATASETS, f"Reasoning-Gym has no task {cfg.task!r}")
     require(method != "single" or cfg.k == 1, f"k = {cfg.k}; allowed: 1, for the method single")
     return cfg
 
 
-# ---------------------------------------------------------------------------------- 2. mixtures
-# A thinking step is k candidates and k log-weights; a slot with log-weight -inf is empty. An
-# ordinary token is a step with one filled slot, so answers, the single-token baseline and the end
-# tag need no second code path. The representative is the candidate that a reader sees.
-Mixture = namedtuple("Mixture", "tokens log_weights representative")  # (B, k), (B, k), (B,)
-
-
-def token_distribution(logits, temperature):
-    """log p = log softmax(z / T), float32. Sampler, scorer, reference and probes all call this."""
-    return F.log_softmax(logits.float() / temperature, dim=-1)
-
-
-def entropy_of(log_p):
-    """H(p) in nats: (..., V) -> (...)."""
-    return -(log_p.exp() * log_p.clamp(min=-99)).sum(-1)
-
-
-def gumbel_noise(like, generator=None):
-    """The Gumbel-max trick: argmax(log p + noise) is a draw from p."""
-    return -torch.empty_like(like).exponential_(generator=generator).log()
-
-
-def draw(log_p, generator=None):
-    """One token a row from p, (B, V) -> (B,): inverse CDF, in float64: no tail is cut off."""
-    cdf = log_p.exp().cumsum(-1, dtype=torch.float64)  # (B, V)
-    u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device, generator=generator)  # (B, 1)
-    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
-
-
-def slot_of(tokens, token):
-    """One-hot (..., k), bool: the first slot that holds `token` (...)."""
-    slot = (tokens == token[..., None]).int().argmax(-1, keepdim=True)
-    return torch.arange(tokens.shape[-1], device=tokens.device) == slot
-
-
-# To try a rule, add a row: `make` makes candidates or weights, `logprob` is that of what was drawn
-# (None: nothing). Of drawn candidates the first is read, else one from Cat(w), or the largest.
-Rule = namedtuple("Rule", "make logprob reads_largest", defaults=(None, False))
-
-
-def likely_candidates(log_p, cfg, generator=None):
-    """The k most likely tokens (B, k) and their log p, -inf in slots that the rule leaves empty."""
-    log_pv, tokens = log_p.topk(cfg.k)
-    p = log_pv.exp()
-    if cfg.sampling == "nucleus":  # a token stays while the mass *before* it is below top_p
-        log_pv = log_pv.masked_fill(p.cumsum(-1) - p >= cfg.top_p, -INF)
-    elif cfg.sampling == "min-p":
-        log_pv = log_pv.masked_fill(p < cfg.min_p * p[:, :1], -INF)
-    return tokens, log_pv
-
-
-def drawn_candidates(log_p, cfg, generator=None):
-    """k draws from p (B, V): independent ones, or each struck out before the next one."""
-    drawn, rest = [draw(log_p, generator)], log_p
-    while len(drawn) < cfg.k:
-        if cfg.sampling == "without-replacement":  # the law of Gumbel top-k
-            rest = rest.scatter(-1, drawn[-1][:, None], -INF).log_softmax(-1)
-        drawn.append(draw(rest, generator))
-    tokens = torch.stack(drawn, dim=-1)
-    return tokens, log_p.gather(-1, tokens)
-
-
-def draws_logprob(log_p, tokens, cfg):
-    """sum_j log p(v_j); without replacement, - log(1 - sum_{i<j} p(v_i)) each (Plackett-Luce)."""
-    score = 0.0
-    for token in tokens.unbind(-1):
-        score = score + log_p.gather(-1, token[..., None])[..., 0]
-        if cfg.sampling == "without-replacement":  # strike it out: 1 - p cancels where p is sharp
-            log_p = log_p.scatter(-1, token[..., None], -INF).log_softmax(-1)
-    return score
-
-
-def dirichlet(log_hat, cfg, generator=None):
-    """log w + constant, w ~ Dir(c p^): c -> inf gives p^, c -> 0 one token drawn from p^. Made of
-    log Gamma(a) draws, as log Gamma(a + 1) + log(U) / a, for which no a is too small."""
-    a = cfg.concentration * log_hat.exp().clamp(min=1e-5)  # (B, k) so that log(U) / a is finite
-    minus_log_u = torch.empty_like(a).exponential_(generator=generator)
-    return torch._standard_gamma(a + 1, generator).log() - minus_log_u / a
-
-
-def dirichlet_logdensity(log_hat, log_w, filled, cfg):
-    """log Gamma(sum_i a_i) + sum_i (a_i - 1) log w_i - log Gamma(a_i), over the filled slots."""
-    a = cfg.concentration * log_hat.exp().clamp(min=1e-5)  # (..., k)
-    terms = (a - 1) * log_w - a.lgamma()
-    return (terms * filled).sum(-1) + (a * filled).sum(-1).lgamma()
-
-
-def gumbel(log_hat, cfg, generator=None):
-    """log w + constant, w = softmax((log p^ + g) / tau) (SofT-GRPO, LEPO)."""
-    return (log_hat + gumbel_noise(log_hat, generator)) / cfg.gumbel_tau
-
-
-def concrete_logdensity(log_hat, log_w, filled, cfg):
-    """The density of such w, called Concrete (Maddison et al. 2017, eq. 10)."""
-    n, x = filled.sum(-1), log_hat - cfg.gumbel_tau * log_w  # (...), (..., k)
-    constant = n.float().lgamma() + (n - 1) * math.log(cfg.gumbel_tau)
-    log_total = x.masked_fill(~filled, -INF).logsumexp(-1)
-    return constant + ((x - log_w) * filled).sum(-1) - n * log_total
-
-
-SAMPLING = {
-    "top-k": Rule(likely_candidates),
-    "nucleus": Rule(likely_candidates),  # the smallest set whose mass reaches top_p, at most k
-    "min-p": Rule(likely_candidates),  # p >= min_p max p, at most k
-    "without-replacement": Rule(drawn_candidates, draws_logprob),
-    "with-replacement": Rule(drawn_candidates, draws_logprob),
-}
-AGGREGATION = {
-    "probability": Rule(lambda log_hat, cfg, generator=None: log_hat),  # w = p^
-    "uniform": Rule(lambda log_hat, cfg, generator=None: torch.zeros_like(log_hat)),
-    "max": Rule(lambda log_hat, cfg, generator=None: log_hat),  # to be read: see mixture_embedding
-    "posterior": Rule(lambda log_hat, cfg, generator=None: log_hat),  # to be read: see `posterior`
-    "dirichlet": Rule(dirichlet, dirichlet_logdensity),
-    "gumbel": Rule(gumbel, concrete_logdensity, reads_largest=True),
-}
-RULES = {"sampling": SAMPLING, "aggregation": AGGREGATION}
-
-
-def posterior(log_hat, log_p, read, cfg):
-    """Mixture of Inputs: log of w = (H p^ + (beta + 1 - H) onehot(y)) / (beta + 1), H in [0, 1]."""
-    H = entropy_of(log_p)[..., None] / math.log(max(2, log_p.shape[-1]))  # (..., 1)
-    w = (H * log_hat.exp() + (cfg.moi_beta + 1 - H) * read) / (cfg.moi_beta + 1)
-    return w.clamp(min=1e-30).log().masked_fill(log_hat == -INF, -INF)
-
-
-def sample_mixture(logits, cfg, generator=None, log_p=None) -> Mixture:
-    """One thinking step: logits (B, V), or their log p, to candidates, weights, the token read."""
-    log_p = token_distribution(logits, cfg.temperature) if log_p is None else log_p  # (B, V)
-    sampling, aggregation = SAMPLING[cfg.sampling], AGGREGATION[cfg.aggregation]
-    tokens, log_pv = sampling.make(log_p, cfg, generator)
-    log_hat = log_pv.log_softmax(-1)  # (B, k)
-    log_w = aggregation.make(log_hat, cfg, generator)
-    log_w = log_w.masked_fill(log_hat == -INF, -INF).log_softmax(-1)  # (B, k)
-    noise = 0.0 if aggregation.reads_largest else gumbel_noise(log_w, generator)
-    slot = (log_w + noise).argmax(-1, keepdim=True)  # (B, 1) a draw from Cat(w)
-    y = tokens[:, 0] if sampling.logprob else tokens.gather(-1, slot)[:, 0]  # (B,)
-    if cfg.aggregation == "posterior":
-        log_w = posterior(log_hat, log_p, slot_of(tokens, y), cfg)
-    return Mixture(tokens, log_w, y)
-
-
-def mixture_embedding(table, tokens, log_weights, aggregation="probability"):
-    """e = sum_i w_i E[v_i]: table (V, d), the rest (..., k) -> (..., d). "max": element-wise."""
-    rows = F.embedding(tokens, table)  # (..., k, d)
-    if aggregation == "max":
-        return rows.masked_fill((log_weights == -INF)[..., None], -INF).amax(-2)
-    return (log_weights.exp()[..., None] * rows).sum(-2).to(table.dtype)
-
-
-# ----------------------------------------------------------------------- 3. the score of a step
-# What is the log-probability of a mixture? The paper looks at tokens alone (`cfg.logprob`): the
-# representative's, or the candidates' weighted by w. `exact` is that of what was drawn at this
-# step, and of nothing else. Drawn candidates have a probability, drawn weights a density. Where
-# both follow from p, only y ~ Cat(w) is left to chance, and matters only if it ends the thought. So
-# a step's event is recorded: the candidates that, read instead of y, lead to the same next input.
-def mixture_logprob(
-    logits, tokens, log_weights, representative, cfg, candidate=None, event=None, log_p=None
-):
-    """Log-prob (...) of recorded steps (..., k) under the model that gave `logits` (..., V)."""
-    log_p = token_distribution(logits, cfg.temperature) if log_p is None else log_p  # (..., V)
-    log_y = log_p.gather(-1, representative[..., None])[..., 0]  # (...)
-    log_pv, filled = log_p.gather(-1, tokens), log_weights > -INF  # (..., k)
-    if cfg.logprob == "representative":
-        return log_y
-    if cfg.logprob == "weighted":  # w is data: a gradient through it could push a chosen token down
-        return (log_weights.detach().exp() * log_pv.masked_fill(~filled, 0.0)).sum(-1)
-    sampling, aggregation = SAMPLING[cfg.sampling], AGGREGATION[cfg.aggregation]
-    if candidate is None:
-        candidate = filled & (filled.sum(-1, keepdim=True) > 1)
-        event = slot_of(tokens, representative) if cfg.aggregation == "posterior" else filled
-    ordinary = (filled.sum(-1) == 1) & ~candidate.any(-1)  # (...) y was drawn from the vocabulary
-    if sampling.logprob:
-        score = sampling.logprob(log_p, tokens, cfg)
-    else:  # y ~ Cat(w), or Cat(p^), the mean of w, if w was drawn
-        outside = ~(candidate | ordinary[..., None])  # (..., k)
-        log_q = log_pv.masked_fill(outside, -INF).log_softmax(-1)
-        if not aggregation.logprob:
-            log_q = aggregation.make(log_q, cfg).masked_fill(outside, -INF).log_softmax(-1)
-        score = log_q.masked_fill(~event, -INF).logsumexp(-1)
-    if aggregation.logprob:
-        log_hat = log_pv.masked_fill(~filled, -INF).log_softmax(-1).masked_fill(~filled, 0.0)
-        log_w = log_weights.masked_fill(~filled, 0.0)
-        score = score + aggregation.logprob(log_hat, log_w, filled, cfg)
-    return torch.where(ordinary, log_y, score)
-
-
-# ----------------------------------------------------------------------- 4. the end of a thought
-# `</think>` is looked for in the text and not among the ids: for Qwen2.5 it is three tokens, and
-# the last one may swallow what follows (`>\n` is one token). So as not to decode every row at
-# every step, a row keeps how many characters of the tag its text ends with, and a table says what
-# each token makes of that. What ends a thought (`cfg.end`):
-#   representative   the text completes the tag
-#   most-likely      it would with the arg-max token, which then is the step
-#   entropy, steps   or p was sharp for end_patience steps, or end_steps are over: the tag is forced
-# Nobody chose a forced token, nor an arg-max one: they carry no loss (`sampled` is False).
-@lru_cache(maxsize=8)
-def tag_table(tokenizer, vocabulary):
-    """(8, V): characters of the tag matched after token v, if s were matched before; 8: closed."""
-    table = torch.zeros(len(TAG), vocabulary, dtype=torch.long)
-    ids = [[i] for i in range(min(len(tokenizer), vocabulary))]
-    texts = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
-    for token, text in enumerate(texts):
-        if "<" in text or ">" in text or text in TAG:  # no other text can begin or continue it
-            for s in range(len(TAG)):
-                seen = TAG[:s] + text
-                longest = max(n for n in range(len(TAG)) if seen.endswith(TAG[:n]))
-                table[s, token] = len(TAG) if TAG in seen else longest
-    return table
-
-
-# ---------------------------------------------------------------------------------- 5. rollouts
-# Prompts are padded on the left, so that step t of every row sits in slot P + t. Each prompt is
-# read once; its keys and values are then copied to its G chains. A decoding step works in place on
-# preallocated tensors and never asks the GPU for a value, so that CUDA can replay it as one graph.
-STEP = "tokens log_weights representative candidate event thinking mask sampled eos logprob entropy"
-PER_ROW = ("rows", "logits", "closed", "start", "matched", "streak", "forced", "thinking", "live")
-CACHE = "cache" if transformers.__version__ >= "5.24" else "past_key_values"  # it was renamed
-
-
-class Rollout(namedtuple("Rollout", f"prompt_ids prompt_mask {STEP} texts")):
-    """B trajectories, as ids and weights: a model looks embeddings up in its own table.
-
-    prompt_ids, prompt_mask (B, P), left-padded; tokens, log_weights (B, T, k), one-hot for ordinary
-    tokens; representative (B, T), what a reader sees; candidate (B, T, k), slots it was read from
-    (none: it was drawn from the vocabulary), and event, those of them with the same next input;
-    thinking (B, T), the thought and its tag; mask, steps before the row had ended; sampled, those
-    that the policy chose; eos, the row's last; logprob, as sampled; entropy, H(p) in nats; texts.
-    """
-
-    def select(self, rows):  # a LongTensor; the padding is trimmed, texts are left behind
-        P = max(1, int(self.prompt_mask[rows].sum(1).max()))
-        T = max(1, int(self.mask[rows].sum(1).max()))
-        ids, mask, *steps = (x[rows] for x in self[:-1])
-        return Rollout(ids[:, -P:], mask[:, -P:], *(x[:, :T] for x in steps), texts=[])
-
-
-def forward(model, embeds, mask, position, cache, **more):
-    """The model below its head, on embeddings (B, Q, d) behind what the cache holds."""
-    more |= {"attention_mask": mask, "position_ids": position, CACHE: cache, "use_cache": True}
-    return model.base_model(inputs_embeds=embeds, **more)
-
-
-def read_prompts(model, ids, mask, chains, **more):
-    """Read n distinct prompts (n, P); returns the output and a cache repeated for their chains."""
-    cache = transformers.DynamicCache(config=model.config)
-    embeds = F.embedding(ids, model.get_input_embeddings().weight)  # (n, P, d)
-    out = forward(model, embeds, mask.long(), (mask.cumsum(1) - 1).clamp(min=0), cache, **more)
-    cache.batch_repeat_interleave(chains)
-    return out, cache
-
-
-class Decoder:
-    """The state of a rollout, on tensors that stay where they are."""
-
-    def __init__(self, model, tokenizer, ids, mask, cfg, generator):
-        self.model, self.cfg, self.generator = model, cfg, generator
-        P, T, rows = ids.shape[1], cfg.max_new_tokens, len(ids) * cfg.chains
-        self.table, self.head = model.get_input_embeddings().weight, model.get_output_embeddings()
-        self.tag_table = tag_table(tokenizer, len(self.table)).to(ids.device)  # (8, V)
-        self.tag_ids = ids.new_tensor(tokenizer.encode(TAG, add_special_tokens=False))
-        eos = model.generation_config.eos_token_id  # one id, a list, or none
-        self.eos_ids = ids.new_tensor(tokenizer.eos_token_id if eos is None else eos).view(-1)
-        out, prompts = read_prompts(model, ids, mask, cfg.chains)
-        self.logits = self.head(out.last_hidden_state[:, -1]).repeat_interleave(cfg.chains, 0)
-        self.cache = transformers.StaticCache(config=model.config, max_cache_len=P + T)
-        for i, layer in enumerate(prompts.layers):
-            self.cache.update(layer.keys, layer.values, i)
-        mask = mask.repeat_interleave(cfg.chains, dim=0)  # (B, P); closed: is added to q k
-        self.closed = F.pad(~mask, (0, T), value=True)[:, None, None].to(model.dtype) * -1e9
-        self.start = mask.sum(1, keepdim=True)  # (B, 1) prompt lengths
-        self.matched, self.streak, self.forced = ids.new_zeros(3, rows)
-        self.thinking, self.live = ids.new_ones(2, rows).bool()
-        self.t, self.record = ids.new_tensor([0]), {}
-        self.rows = torch.arange(rows, device=ids.device)  # (B,) places in the record
-        stops = {"entropy": (cfg.end_entropy, cfg.end_patience), "steps": (INF, cfg.end_steps)}
-        self.sharp, self.enough = stops.get(cfg.end, (None, None))
-
-    def keep(self, rows):  # a LongTensor of those that go on
-        for name in PER_ROW:
-            setattr(self, name, getattr(self, name)[rows])
-        for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-
-    def completes_tag(self, tokens):  # (B, n)
-        return self.tag_table[self.matched[:, None], tokens] == len(TAG)
-
-    def close_thought(self, y, log_p, entropy):
-        """What cfg.end makes of y (B,); rows whose token a rule forced; rows whose thought ends."""
-        if self.cfg.end == "most-likely":
-            best = log_p.argmax(-1)  # (B,)
-            forced = self.thinking & self.completes_tag(best[:, None])[:, 0]
-            return torch.where(forced, best, y), forced, forced
-        forced = self.forced > 0
-        if self.enough:
-            forced = self.thinking & (forced | (self.streak >= self.enough))
-            self.streak.add_(1).mul_(entropy < self.sharp)
-            y = torch.where(forced, self.tag_ids[self.forced], y)
-            self.forced.copy_((self.forced + 1) * forced % len(self.tag_ids))
-        return y, forced, self.thinking & self.completes_tag(y[:, None])[:, 0]
-
-    def step(self):
-        """Mix or sample, end thoughts, record, feed, and read the next logits."""
-        cfg, live = self.cfg, self.live
-        drawn, weighed = SAMPLING[cfg.sampling].logprob, AGGREGATION[cfg.aggregation].logprob
-        log_p = token_distribution(self.logits, cfg.temperature)  # (B, V)
-        entropy = entropy_of(log_p)  # (B,)
-        m = sample_mixture(self.logits, cfg, self.generator, log_p)
-        sample = m.tokens[:, 0] if drawn else draw(log_p, self.generator)  # (B,)
-        gate = (entropy >= cfg.mix_entropy) & (self.t < (cfg.mix_steps or cfg.max_new_tokens))
-        mixes = self.thinking & live & gate  # (B,) else: an ordinary token
-        y = torch.where(mixes, m.representative, sample) * live  # (B,) what a reader sees
-        y, forced, closes = self.close_thought(y, log_p, entropy)
-        eos = torch.isin(y, self.eos_ids) & live & ~forced
-        # all but a step inside a thought is one-hot; candidates y was read from stay, for `exact`
-        goes_on = (mixes & ~(closes | eos | forced))[:, None]  # (B, 1)
-        among = (mixes & ~forced)[:, None] & (drawn is None)  # (B, 1)
-        tokens = torch.where(goes_on | among, m.tokens, y[:, None])  # (B, k)
-        read = slot_of(tokens, y)  # (B, k)
-        log_w = torch.where(goes_on, m.log_weights, torch.where(read, 0.0, -INF))
-        candidate = among & (m.log_weights > -INF)  # (B, k)
-        closing = self.completes_tag(tokens) & (cfg.end != "most-likely")  # (B, k)
-        ends = (closing | torch.isin(tokens, self.eos_ids)) & (weighed is None)  # w has its density
-        alone = ~(goes_on & among) | (cfg.aggregation == "posterior")  # y shaped the next input
-        step = {"tokens": tokens, "log_weights": log_w, "representative": y, "candidate": candidate}
-        step["event"] = torch.where(alone, read, candidate & ~ends)
-        logprob = mixture_logprob(self.logits, cfg=cfg, log_p=log_p, **step)
-        sampled = live & ~forced  # (B,)
-        step |= {"logprob": logprob.masked_fill(~sampled, 0.0), "entropy": entropy * live}
-        step |= {"mask": live, "eos": eos, "sampled": sampled, "thinking": self.thinking & live}
-        for name, x in step.items():
-            if name not in self.record:
-                self.record[name] = x.new_zeros(len(x), cfg.max_new_tokens, *x.shape[1:])
-            self.record[name][self.rows, self.t] = x
-        self.matched.copy_(self.tag_table[self.matched, y] % len(TAG))
-        self.thinking.logical_and_(~closes)
-        self.live.logical_and_(~eos)
-        self.closed.index_fill_(3, self.closed.shape[3] - cfg.max_new_tokens + self.t, 0.0)
-        embeds = mixture_embedding(self.table, tokens, log_w, cfg.aggregation)[:, None]  # (B, 1, d)
-        out = forward(self.model, embeds, self.closed, self.start + self.t, self.cache)
-        self.logits.copy_(self.head(out.last_hidden_state[:, 0]))
-        self.t.add_(1)
-
-
-def rollout(model, tokenizer, prompts: list[str], cfg, generator=None) -> Rollout:
-    """`cfg.chains` trajectories for each prompt, templated text that ends in the opened thought."""
-    check_model(model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    how = {"padding": True, "padding_side": "left", "add_special_tokens": False}
-    batch = tokenizer(prompts, **how, return_tensors="pt").to(model.device)
-    ids, mask = batch.input_ids, batch.attention_mask.bool()  # (n, P)
-    with torch.no_grad() if ids.is_cuda else torch.inference_mode():  # which graphs cannot take
-        decoder = Decoder(model, tokenizer, ids, mask, cfg, generator)
-        step = decoder.step
-        for t in range(cfg.max_new_tokens):
-            step()
-            if ids.is_cuda and t == 0:  # the first step has warmed up what a recording needs
-                graph = torch.cuda.CUDAGraph()
-                if generator is not None:
-                    graph.register_generator_state(generator)
-                with torch.cuda.graph(graph):
-                    decoder.step()
-                step = graph.replay
-            if (t % 16 == 15 or not ids.is_cuda) and not decoder.live.any():  # to look is to wait
-                break
-            if t % 8 == 7 and not (ids.is_cuda or decoder.live.all()):  # a graph cannot shrink
-                decoder.keep(decoder.live.nonzero()[:, 0])
-    ids, mask = (x.repeat_interleave(cfg.chains, dim=0) for x in (ids, mask))  # (B, P)
-    r = Rollout(ids, mask, **decoder.record, texts=[]).select(torch.arange(len(ids)).to(ids.device))
-    r.log_weights[..., 1:].masked_fill_(~r.mask[..., None], -INF)  # behind the end, one-hot too
-    shown = zip(r.representative.cpu(), (r.mask & ~r.eos).cpu())
-    texts = [tokenizer.decode(y[i], clean_up_tokenization_spaces=False) for y, i in shown]
-    return r._replace(texts=texts)
-
-
-# -------------------------------------------------------------------------- 6. log-probabilities
-# The same numbers as while sampling, for all steps at once and with gradient. All logits, (B, T, V)
-# in float32, would fill the memory: a chunk exists at a time, and again in the backward pass.
-def completion_hidden(model, r, cfg, log_weights, every_layer=False):
-    """Hidden states (B, T, d) that predicted each step: the last layer's, or embeddings and all."""
-    ids = r.prompt_ids.masked_fill(~r.prompt_mask, -1)
-    chains = torch.unique_consecutive(ids, dim=0, return_counts=True)[1]  # (n,) of each prompt
-    first, more = chains.cumsum(0) - chains, {"output_hidden_states": every_layer}  # (n,)
-    prompt, cache = read_prompts(model, r.prompt_ids[first], r.prompt_mask[first], chains, **more)
-    table, T = model.get_input_embeddings().weight, r.mask.shape[1]
-    embeds = mixture_embedding(table, r.tokens, log_weights, cfg.aggregation)  # (B, T, d)
-    visible = F.pad(r.prompt_mask, (0, T), value=True).long()  # (B, P + T)
-    steps = forward(model, embeds, visible, visible.cumsum(1)[:, -T:] - 1, cache, **more)
-    # what predicts step t is what precedes it: the prompt's end, then step t - 1
-    pairs = [(prompt.last_hidden_state, steps.last_hidden_state)]
-    if every_layer:
-        pairs = zip(prompt.hidden_states, steps.hidden_states)
-    ends = ((h[:, -1:].repeat_interleave(chains, dim=0), after) for h, after in pairs)
-    return [torch.cat([end, after[:, :-1]], dim=1) for end, after in ends]
-
-
-# Under `probability` and `posterior` the weights are functions of p, so the parameters also act
-# through the next input, and scores of recorded weights miss that part of the gradient. It can be
-# had in parallel: each pass gives every step's weights as functions of theta, equal in value to the
-# record, and the next one, over inputs built from these, has one hop through w more.
-#     pass 0: e_t = sum_i w_ti E[v_ti]        pass n: e_t = sum_i w_ti(theta of pass n - 1) E[v_ti]
-# A thought of T steps has T - 1 hops at most: as many `weight_passes` make the gradient exact.
-def weights_of_p(logits, tokens, log_weights, representative, cfg, **_):
-    """Recorded log w (N, k), in value; where p made them, with their gradient."""
-    if cfg.aggregation not in ("probability", "posterior"):
-        return log_weights
-    log_p, empty = token_distribution(logits, cfg.temperature), log_weights == -INF
-    log_w = log_p.gather(-1, tokens).masked_fill(empty, -INF).log_softmax(-1)
-    if cfg.aggregation == "posterior":
-        log_w = posterior(log_w, log_p, slot_of(tokens, representative), cfg)
-    log_w = log_w.masked_fill(empty, 0.0)
-    return log_weights + log_w - log_w.detach()
-
-
-def rollout_logprobs(model, rollout, cfg, micro_batch=None):
-    """Log-probs (B, T) of every sampled step under `model`, with gradient; 0 elsewhere."""
-    r, steps, head = rollout, rollout.sampled, model.get_output_embeddings()
-    if micro_batch:
-        rows = torch.arange(len(r.mask), device=r.mask.device).split(micro_batch)
-        parts = [rollout_logprobs(model, r.select(i), cfg) for i in rows]
-        return torch.cat([F.pad(p, (0, r.mask.shape[1] - p.shape[1])) for p in parts])
-    check_model(model)
-    recorded = {name: getattr(r, name)[steps] for name in STEP.split()[:5]}  # (N, ...) to `event`
-    log_weights, size = r.log_weights, max(1, 2**24 // len(head.weight))  # 64 MiB of logits
-
-    def in_chunks(function):
-        hidden = completion_hidden(model, r, cfg, log_weights)[-1][steps]  # (N, d)
-
-        def of_chunk(i):
-            return function(head(hidden[i]), cfg=cfg, **{n: x[i] for n, x in recorded.items()})
-
-        how = {"use_reentrant": False, "preserve_rng_state": False}
-        chunks = torch.arange(len(hidden), device=hidden.device).split(size)
-        return torch.cat([torch.utils.checkpoint.checkpoint(of_chunk, i, **how) for i in chunks])
-
-    bf16 = compute_dtype(model, cfg) == torch.bfloat16
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        for _ in range(cfg.weight_passes if head.weight.requires_grad else 0):
-            log_weights = r.log_weights.masked_scatter(steps[..., None], in_chunks(weights_of_p))
-        scores = in_chunks(mixture_logprob)  # (N,)
-    return torch.zeros_like(r.logprob).masked_scatter(steps, scores)
-
-
-# --------------------------------------------------------------------------------------- 7. GRPO
-def group_advantages(rewards):
-    """A = (r - mean) / (std + 1e-4) within each group: (prompts, G) -> (prompts, G)."""
-    return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)
-
-
-def grpo_loss(logprob, old_logprob, ref_logprob, advantages, mask, cfg, chains=None, tokens=None):
-    """PPO's clipped objective with group advantages A (B,), plus a KL penalty; the rest (B, T).
-
-        ratio = pi / pi_old        k3 = pi_ref / pi - log(pi_ref / pi) - 1 >= 0, unbiased
-        loss  = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) + beta k3
-    With one update a batch the ratio is 1, the clip idles, and the first term is REINFORCE's.
-    """
-    chains, tokens = chains or len(mask), tokens or max(1, int(mask.sum()))  # of the whole batch
-    weight = mask / (mask.sum(1, keepdim=True).clamp(min=1) * chains)  # a chain's mean, then theirs
-    weight = mask / tokens if cfg.loss_average == "token" else weight  # DAPO: the mean of all steps
-    A = advantages[:, None]  # (B, 1)
-    ratio = (logprob - old_logprob).masked_fill(mask == 0, 0.0).exp()  # (B, T)
-    free, clipped = ratio * A, ratio.clamp(1 - cfg.clip, 1 + cfg.clip) * A
-    ref_logprob = logprob if ref_logprob is None else ref_logprob
-    log_r = (ref_logprob - logprob).masked_fill(mask == 0, 0.0)
-    kl = log_r.exp() - log_r - 1
-    loss = (weight * (cfg.kl_beta * kl - torch.min(free, clipped))).sum()
-    parts = {"loss": loss, "kl": (weight * kl).sum(), "clipped": (weight * (free > clipped)).sum()}
-    return loss, {name: x.item() for name, x in parts.items()}
-
-
-# -------------------------------------------------------------------------- 8. tasks and rewards
+# ------------------------------------------------------------------------- 10. tasks and rewards
 # Reasoning-Gym seeds item i with seed + i: neighbouring seeds share 999 of 1,000 items, and a split
 # by seed leaks. Here the question's hash decides: one in ten is a test question, whichever seed
 # drew it. Streams of items lie 10^9 apart: 0 is the test's, 1 the smoke model's, 2 + seed a run's.
 SYSTEM = "Think inside <think> and </think>, then give the answer inside <answer> and </answer>."
 FORMAT = r"((?!</think>|<answer>).)*</think>\s*<answer>((?!</?answer>).)*</answer>\s*"
-counts = Counter()  # of a step: prompts "too_long"; answers "refused", "raised" or "died" of
+COUNTS = ("too_long", "refused", "raised", "died")  # prompts skipped; answers without a score
+counts = Counter()  # of a step
 
 
 @lru_cache(maxsize=64)
@@ -648,16 +1022,16 @@ def dataset(task, seed, task_settings="{}"):
 
 
 def chat_prompt(tokenizer, question, cfg):
-    """The templated prompt with its worked examples, ending in the opened thought."""
-    chat = [{"role": "system", "content": SYSTEM}]
+    """The templated prompt with its worked examples; it ends in the opened thought."""
+    turns = [("system", SYSTEM)]
     with refusing(f"shots = {cfg.shots!r}; allowed: a JSON file of [question, reply] pairs"):
         for asked, reply in json.loads(Path(cfg.shots).read_text()) if cfg.shots else []:
-            chat += [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
-    chat.append({"role": "user", "content": question})
+            turns += [("user", asked), ("assistant", reply)]
+    chat = [{"role": role, "content": text} for role, text in (*turns, ("user", question))]
     how = {"tokenize": False, "add_generation_prompt": True}
     try:
         prompt = tokenizer.apply_chat_template(chat, **how)
-    except Exception:  # noqa: BLE001  (a template refuses a system turn: the user's says it)
+    except Exception:  # noqa: BLE001  (a template refuses a system turn: the user's turn says it)
         chat[1]["content"] = f"{SYSTEM}\n\n{chat[1]['content']}"
         prompt = tokenizer.apply_chat_template(chat[1:], **how)
     return prompt if prompt.rstrip().endswith("<think>") else prompt + "<think>\n"
@@ -702,46 +1076,51 @@ def extract_answer(text):
 
 def rewards(problems, texts):
     """For each problem and text, the paper's reward and its parts; `correct` is a score of 1."""
-    parts = []
+    found = []
     for (task, entry, _), text in zip(problems, texts, strict=True):
         points = score(task, extract_answer(text), entry)
-        part = {"score": points, "format": float(bool(re.fullmatch(FORMAT, text, re.DOTALL)))}
-        reward = 2 * points + 0.5 * part["format"] + 0.5 * (200 <= len(text.split()) <= 400)
-        parts.append(part | {"reward": reward, "correct": float(points == 1)})
-    return parts
+        form = float(bool(re.fullmatch(FORMAT, text, re.DOTALL)))
+        reward = 2 * points + 0.5 * form + 0.5 * (200 <= len(text.split()) <= 400)
+        part = {"reward": reward, "score": points, "format": form, "correct": float(points == 1)}
+        found.append(part)
+    return found
 
 
-# -------------------------------------------------------------------------- 9. contained scoring
+# -------------------------------------------------------------------------- 11. contained scoring
 # A model's text reaches a task's scorer thousands of times an hour. Nine scorers execute it (eval,
-# or sympy's parse_expr, which is eval too), two find [nan, nan] sorted, others hang or die. So they
-# see plain arithmetic and lists only, and all run in a child that the kernel ends when it is late.
-EVALS = "countdown puzzle24 polynomial_multiplication simple_integration string_insertion n_queens "
-EVALS += "intermediate_integration binary_matrix spiral_matrix number_sorting complex_arithmetic"
+# or sympy's parse_expr, which is eval too), two find [nan, nan] sorted, others hang or die. So
+# these see plain arithmetic and lists only, and all of them run in a child process, which the
+# kernel ends when it is late.
+EVALS = """countdown puzzle24 polynomial_multiplication simple_integration string_insertion n_queens
+intermediate_integration binary_matrix spiral_matrix number_sorting complex_arithmetic""".split()
 NAME = r"[A-Za-z]_?\d?|pi|sqrt|exp|log|ln|[aA]bs|Rational|a?(sin|cos|tan)h?|cot|sec|csc"
 PLAIN = rf"""((?<![A-Za-z_])({NAME})(?!\w)|['"](-?[\d.]+|\w)['"]|\.(?=\d)|[\s\d\[\],+*/()!-])*"""
 SMALL = r"\s*(-?\d{1,2}(\.\d+)?|[a-zA-Z]|\(-?\d{1,2}(/\d{1,2})?\))(?!\s*(\*\*|!|[\w.(]))"
 HUGE = rf"\*\*(?!{SMALL})|(\d{{3}}|[^\d\s])\s*!"  # 9**9**9, 999!, 9!!
+SECONDS = 2.0  # an answer
 
 
 def harmless(task, answer, entry):
     """May this scorer see this answer? '2*x**2 + C' yes, '().__class__' and 'exit()' no."""
     right = (str(entry["answer"]).strip(), *entry["metadata"].get("valid_answers", ()))
     plain = re.fullmatch(PLAIN, answer, re.ASCII) and not re.search(HUGE, answer)
-    seen = plain or task not in EVALS.split()
-    return answer.strip() in right or (seen and len(answer) <= max(4096, 4 * len(right[0])))
+    short = len(answer) <= max(4096, 4 * len(right[0]))
+    return answer.strip() in right or short and (plain or task not in EVALS)
 
 
 def score_forever(pipe):
-    """The child: a score, "refused" or "raised" for each (task, answer, entry)."""
+    """The child: a score, "refused" or "raised" for each (module, task, answer, entry)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # that is the trainer's business
     sys.stdout = sys.stderr = None
-    with suppress(ValueError, OSError):  # the system refuses it; time always holds
-        resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32))
+    with suppress(ValueError, OSError):  # where it is refused, time still holds
+        used = re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())
+        resource.setrlimit(resource.RLIMIT_DATA, (2**32 + 1024 * int(used[1]),) * 2)
     while True:
-        task, answer, entry = pipe.recv()
+        module, task, answer, entry = pipe.recv()
         verdict = "raised"
-        signal.setitimer(signal.ITIMER_REAL, 2)  # SIGALRM, left to its default, kills at once
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)  # SIGALRM's default action ends a process
         with suppress(BaseException):  # SystemExit too
+            importlib.import_module(module)  # where a task of your own registers itself
             data = dataset(task, 0, entry["metadata"].get("task_settings", "{}"))
             ok = harmless(task, answer, entry)
             verdict = float(data.score_answer(answer, entry)) if ok else "refused"
@@ -755,12 +1134,16 @@ def scorer():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["reasoning_gym", "transformers.models.auto.modeling_auto"])
     ours, theirs = context.Pipe()
-    entry = dataset("chain_sum", 0)[0]
+    entry, main = dataset("chain_sum", 0)[0], sys.modules["__main__"]
     with refusing("scoring does not work on this machine: no child process could start"):
-        process = context.Process(target=score_forever, args=(theirs,), daemon=True)
-        process.start()
+        sys.modules["__main__"] = types.ModuleType("__main__")  # a child runs the caller's again
+        try:
+            process = context.Process(target=score_forever, args=(theirs,), daemon=True)
+            process.start()
+        finally:
+            sys.modules["__main__"] = main
         theirs.close()
-        ours.send(("chain_sum", entry["answer"], entry))
+        ours.send(("reasoning_gym", "chain_sum", entry["answer"], entry))
         verdict = ours.recv()
     require(verdict == 1, f"scoring does not work on this machine: a right answer was {verdict}")
     return process, ours
@@ -771,9 +1154,11 @@ def score(task, answer, entry) -> float:
     if answer is None:
         return 0.0
     pipe, verdict = scorer()[1], "died"
+    task = entry["metadata"].get("source_dataset", task)
+    module = reasoning_gym.factory.DATASETS[task][0].__module__
     try:
         with suppress(EOFError, OSError):  # the kernel has ended it
-            pipe.send((entry["metadata"].get("source_dataset", task), answer, entry))
+            pipe.send((module, task, answer, entry))
             verdict = pipe.recv()
     finally:
         if verdict == "died":  # or interrupted: its late answer must not become the next one's
@@ -784,14 +1169,20 @@ def score(task, answer, entry) -> float:
     return verdict if 0 <= verdict <= 1 else 0.0  # spell_backward's sum can go a bit beyond 1
 
 
-# ------------------------------------------------------------------------------------ 10. models
+# ------------------------------------------------------------------------------------ 12. models
+def eos_ids(model, tokenizer):
+    """The ids that end a row, a tuple. A generation config has one, a list of them, or none."""
+    ids = model.generation_config.eos_token_id
+    return tuple(torch.tensor(tokenizer.eos_token_id if ids is None else ids).view(-1).tolist())
+
+
 @torch.no_grad()
 def check_model(model):
     """Raises UserError unless the model is head(layers(embeddings)) with full causal attention."""
     if hasattr(model, "motg_checked"):
         return
     ids = torch.arange(10, device=model.device)[None] % model.config.vocab_size  # (1, 10)
-    out, _ = read_prompts(model, ids, ids >= 0, 1)
+    out, _ = read_prompts(model, ids, ids >= 0)
     want, got = model(ids).logits, model.get_output_embeddings()(out.last_hidden_state)
     window, kinds = (getattr(model.config, n, None) for n in ("sliding_window", "layer_types"))
     full = not window and {*(kinds or ())} <= {"full_attention"}
@@ -800,10 +1191,18 @@ def check_model(model):
     model.motg_checked = True
 
 
+def device_of(cfg):
+    """The device of a run. Raises UserError where there is none, with what torch.cuda says."""
+    if cfg.device == "cpu" or cfg.smoke and cfg.device == "auto" and not torch.cuda.is_available():
+        return "cpu"
+    with refusing("no CUDA GPU; allowed: --smoke, or --device cpu"):
+        torch.cuda.init()  # raises where the driver is too old for this torch, say
+    return "cuda"
+
+
 def load_model(cfg, name):
     """An fp32 model, on its device, and its tokenizer. Raises UserError for what cannot be used."""
-    cuda, small = torch.cuda.is_available(), cfg.smoke and cfg.device == "auto"
-    require(cuda or small or cfg.device == "cpu", "no CUDA GPU; allowed: --smoke, or --device cpu")
+    device = device_of(cfg)
     with refusing(f"model {str(name)!r} cannot be loaded; allowed: a hub name or a folder"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
@@ -811,21 +1210,38 @@ def load_model(cfg, name):
     need = cfg.max_prompt_tokens + cfg.max_new_tokens
     most = getattr(model.config, "max_position_embeddings", need)
     require(need <= most, f"max_prompt_tokens + max_new_tokens = {need}; {name} allows {most}")
-    require(cfg.k <= (V := model.config.vocab_size), f"k = {cfg.k}; allowed: 1 to {V}")
+    tag = tag_table(tokenizer, model.config.vocab_size, eos_ids(model, tokenizer))
+    most = int((~tag.ends).sum(1).min())  # the tokens that a mixture may hold
+    require(cfg.k <= most, f"k = {cfg.k}; allowed: 1 to {most}")
     check_model(model)
-    if model.num_parameters() < 10**7 and "OMP_NUM_THREADS" not in os.environ:
+    if model.num_parameters() < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # waking a thread takes longer than its half of so small a product
-    return model.to("cuda" if cuda and cfg.device != "cpu" else "cpu"), tokenizer
+    return model.to(device), tokenizer
+
+
+SMALL_MODEL = 10**7  # parameters; below, neither a second thread nor bf16 pays
 
 
 def compute_dtype(model, cfg):
     """What the sampler and the update compute in; the master weights stay fp32."""
-    fast = torch.cpu._is_avx512_bf16_supported() and model.num_parameters() > 10**7
-    auto = cfg.precision == "auto" and (fast or model.device.type == "cuda")
+    if model.device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
+    auto = cfg.precision == "auto" and fast and model.num_parameters() >= SMALL_MODEL
     return torch.bfloat16 if auto or cfg.precision == "bf16" else torch.float32
 
 
-def demonstration(entry, rng):
+class World(NamedTuple):
+    """What a small model is warm-started on."""
+
+    task: str
+    task_settings: str
+    words: list[str]  # each becomes one token
+    demonstrate: Callable  # (entry, rng) -> a thought and an answer
+
+
+def demonstrate_sum(entry, rng):
     """Thought and answer for a chain_sum entry: a third works the sum out, a third forgets the last
     term, a third guesses. Imitation learns all three; which one is right, only the reward tells."""
     terms, habit = entry["metadata"]["expression"].split(), rng.choice(["work", "forget", "guess"])
@@ -840,26 +1256,48 @@ def demonstration(entry, rng):
     return f"{', '.join(thought)}{TAG} <answer>{total}</answer><|im_end|>"
 
 
-def warm_start(steps=500, batch=64, lr=2e-3):
-    """A small Qwen2 and its tokenizer, trained on demonstrations, in about a minute."""
+ASKED = "State the final answer to the following arithmetic problem: "
+WORDS = [ASKED, "easy", TAG, " <answer>", "</answer>", " + ", " - ", " = ", ", ", " ="]
+SUMS = World(
+    SMOKE["task"], SMOKE["task_settings"], [*WORDS, *map(str, range(100))], demonstrate_sum
+)
+
+
+def small_model(words):
+    """A random Qwen2 of half a million parameters, and a byte-level tokenizer with these words."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     bpe = tokenizers.ByteLevelBPETokenizer({c: i for i, c in enumerate(alphabet)}, [])
-    bpe.add_tokens(WORDS)
-    how = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    how["chat_template"] = "{{ messages[-1].content }}\n<think>\n"  # without the system's turn
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **how)
+    bpe.add_tokens(words)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template="{{ messages[-1].content }}\n<think>\n",  # without the system's turn
+    )
     torch.manual_seed(0)
-    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    shape |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape))
+    shape = transformers.Qwen2Config(
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    return transformers.Qwen2ForCausalLM(shape), tokenizer
+
+
+def warm_start(world=SUMS, steps=500, batch=64, lr=2e-3):
+    """A small model and its tokenizer, trained on a World's demonstrations, in about a minute."""
+    model, tokenizer = small_model(world.words)
     optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    cfg, rng = make_config(smoke=True), random.Random(0)
-    stream = problems(cfg, tokenizer, 1, range(10**9), test=False)
+    cfg = make_config(smoke=True, task=world.task, task_settings=world.task_settings)
+    stream, rng = problems(cfg, tokenizer, 1, range(10**9), test=False), random.Random(0)
     for _ in tqdm(range(steps), desc="warm start", leave=False, disable=None):
         part = list(islice(stream, batch))
-        texts = [prompt + demonstration(entry, rng) for _, entry, prompt in part]
+        texts = [prompt + world.demonstrate(entry, rng) for _, entry, prompt in part]
         x = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         n = torch.tensor([len(tokenizer.encode(prompt)) for _, _, prompt in part])[:, None]
         learn = x.attention_mask.bool() & (torch.arange(x.input_ids.shape[1]) >= n)
@@ -881,19 +1319,30 @@ def smoke_model(cfg):
     return folder
 
 
-# ------------------------------------------------------------------------------------ 11. probes
+# ------------------------------------------------------------------------------------ 13. probes
 def step_probes(r):
     """Means over thinking steps (nats, shares; a token drawn twice is one) and over chains."""
     w = r.log_weights.exp()  # (B, T, k) of slots
-    W = ((r.tokens[..., None] == r.tokens[..., None, :]) * w[..., None, :]).sum(-1)  # of tokens
-    H = (w * (1 / W.clamp(min=1e-30)).log()).sum(-1)  # (B, T)
-    of_steps = {"entropy": r.entropy, "weight_entropy": H, "support": H.exp()}
-    of_steps |= {"gini_simpson": 1 - (w * W).sum(-1), "one_hot": W.amax(-1) > 0.99}
-    considered = (r.tokens + 1) * (r.thinking[..., None] & (w > 0))  # ids from 1; 0: nothing
-    distinct = [len(set(row) - {0}) for row in considered.flatten(1).tolist()]
+    same = r.tokens[..., None] == r.tokens[..., None, :]  # (B, T, k, k)
+    whole = (same * w[..., None, :]).sum(-1)  # (B, T, k) of tokens
+    H = -(w * whole.clamp(min=1e-30).log()).sum(-1)  # (B, T)
+    considered = r.thinking[..., None] & (w > 0)  # (B, T, k)
+    ids = r.tokens.masked_fill(~considered, -1).flatten(1).tolist()
+    of_steps = {
+        "entropy": r.entropy,
+        "mixed": r.mixed,
+        "weight_entropy": H,
+        "support": H.exp(),
+        "gini_simpson": 1 - (w * whole).sum(-1),
+        "one_hot": whole.amax(-1) > 0.99,
+    }
     found = {name: x[r.thinking] for name, x in of_steps.items()}
-    found |= {"distinct_tokens": torch.tensor(distinct), "think_tokens": r.thinking.sum(1)}
-    found |= {"answer_tokens": (r.mask & ~r.thinking).sum(1), "truncated": ~r.eos.any(1)}
+    found |= {
+        "distinct_tokens": torch.tensor([len({*row} - {-1}) for row in ids]),
+        "think_tokens": r.thinking.sum(1),
+        "answer_tokens": (r.mask & ~r.thinking).sum(1),
+        "truncated": ~r.eos.any(1),
+    }
     return {name: x.float().mean().item() for name, x in found.items()}
 
 
@@ -909,121 +1358,90 @@ def hidden_state_entropy(hidden):
 
 @torch.no_grad()
 def hidden_probes(model, r, cfg, chains=32):
-    """Hidden-state entropy of the first thoughts, by layer (embeddings first)."""
+    """Hidden-state entropy of the first `chains` thoughts, by layer (embeddings first)."""
     found = []
     for one in map(r.select, (r.thinking.sum(1) > 1).nonzero()[:chains]):
-        states = completion_hidden(model, one, cfg, one.log_weights, every_layer=True)
-        found.append(hidden_state_entropy(torch.stack(states)[:, 0, one.thinking[0]]))
+        states = torch.stack(completion_hidden(model, one, one.log_weights, cfg))  # (L, 1, T, d)
+        found.append(hidden_state_entropy(states[:, 0, one.thinking[0]]))
     means = torch.stack(found).mean(0).tolist() if found else []
     return {"hidden_chains": len(found), "hidden_entropy": means}
 
 
-# ---------------------------------------------------------------------------------- 12. training
+# ------------------------------------------------------------- 14. a run's folder, and evaluation
 def readable(r, row, tokenizer):
-    """A trajectory as text, mixtures as `the{0.62}|a{0.38}`, what was read first."""
-    text, one = "", r.select(torch.tensor([row], device=r.mask.device))
-    for y, tokens, w in zip(one.representative[0], one.tokens[0], one.log_weights[0].exp()):
-        order = (w + slot_of(tokens, y)).argsort(descending=True)[: (w > 0).sum()]
-        mixed = [f"{tokenizer.decode([tokens[i]])}{{{w[i]:.2f}}}" for i in order]
-        text += "|".join(mixed) if len(mixed) > 1 else tokenizer.decode([y])
-    return text
+    """A trajectory as a list of steps for JSON; a candidate is [text, weight, p]."""
+    one, found = r.select(torch.tensor([row], device=r.kind.device)), []
+    slots = torch.stack([one.tokens.double(), one.log_weights.exp(), one.log_pv.exp()], dim=-1)
+    steps = torch.stack([one.representative, one.kind, one.thinking, one.entropy], dim=-1)
+    for (y, kind, thinking, entropy), candidates in zip(steps[0].tolist(), slots[0].tolist()):
+        texts = [[tokenizer.decode([int(v)]), round(w, 4), round(p, 4)] for v, w, p in candidates]
+        found.append(
+            {
+                "read": tokenizer.decode([int(y)]),
+                "kind": ("pad", "forced", "token", "mixed")[int(kind)],
+                "thinking": bool(thinking),
+                "entropy": round(entropy, 4),
+                "candidates": [candidate for candidate in texts if candidate[1] > 0],
+            }
+        )
+    return found
 
 
-def collect(sampler, tokenizer, cfg, steps, generator):
-    """The experience of some steps (a range): rollouts, advantages (B,), and what to log."""
-    generator.manual_seed(cfg.seed * 1_000_003 + steps[0] + 1)  # the step is all the random state
-    counts.clear()
-    numbers = range(steps[0] * cfg.prompts_per_step, steps.stop * cfg.prompts_per_step)
-    batch = [train_problem(cfg, tokenizer, n) for n in numbers]
-    r = rollout(sampler, tokenizer, [prompt for _, _, prompt in batch], cfg, generator)
-    parts = rewards([problem for problem in batch for _ in range(cfg.chains)], r.texts)
-    reward = torch.tensor([p["reward"] for p in parts], device=r.mask.device).view(-1, cfg.chains)
-    log = {"step": steps[0]} | {name: sum(p[name] for p in parts) / len(parts) for name in parts[0]}
-    log |= step_probes(r) | {"too_long": 0, "refused": 0, "raised": 0, "died": 0} | counts
-    equal = (reward == reward[:, :1]).all(1)  # (prompts,) nothing to compare: no gradient
-    return r, group_advantages(reward).flatten(), log | {"no_gradient": equal.float().mean().item()}
+def learner(cfg):
+    """What `train` works on: policy, tokenizer, reference, sampler, optimiser. Raises UserError."""
+    require(cfg.chains > 1, f"chains = {cfg.chains}; allowed: 2 or more, for GRPO compares them")
+    device_of(cfg)
+    fresh = cfg.resume or not Path(cfg.out, "config.json").exists()
+    require(fresh, f"out = {cfg.out!r} has a run; allowed: --resume, or another folder")
+    scorer()
+    policy, tokenizer = load_model(cfg, cfg.model or smoke_model(cfg))
+    reference = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_beta else None
+    sampler = copy.deepcopy(policy).requires_grad_(False).to(compute_dtype(policy, cfg))
+    optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, (0.9, 0.99), 1e-8, 0.1, fused=True)
+    return policy, tokenizer, reference, sampler, optimizer
 
 
-def update(policy, reference, optimizer, r, advantages, cfg, lr):
-    """One optimiser update on a Rollout and its advantages (B,), in micro-batches."""
-    P, (chains, T) = r.prompt_mask.shape[1], r.mask.shape
-    tokens, log = max(1, int(r.sampled.sum())), Counter()
-    longest = r.mask.view(-1, cfg.chains, T).any(1).sum(1)  # (prompts,) like ones together pad less
-    order = torch.arange(chains, device=r.mask.device).view(-1, cfg.chains)[longest.argsort()]
-    for rows in order.flatten().split(max(1, int(cfg.micro_tokens / (T + P / cfg.chains)))):
-        part = r.select(rows)
-        ref = rollout_logprobs(reference, part, cfg) if reference else None
-        new = rollout_logprobs(policy, part, cfg)
-        old = new.detach()  # one update a batch: it is this policy that has sampled
-        loss, stats = grpo_loss(new, old, ref, advantages[rows], part.sampled, cfg, chains, tokens)
-        loss.backward()
-        log.update(stats | {"sampler_gap": (old - part.logprob).abs().sum().item() / tokens})
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip).item()
-    optimizer.param_groups[0]["lr"] = lr
-    if math.isfinite(norm):  # else the update is skipped, and that is logged
-        optimizer.step()
-    optimizer.zero_grad()
-    return dict(log) | {"grad_norm": norm, "lr": lr, "skipped": int(not math.isfinite(norm))}
+def write(cfg, name, text):
+    """A file of the run's folder: written beside and renamed, so that it is there as a whole."""
+    new = Path(cfg.out, f"{name}.new")
+    new.write_text(text)
+    new.rename(Path(cfg.out, name))
 
 
-def load_run(path, model, optimizer):
-    """The state in `path`, model and optimizer loaded, or a new one."""
-    if not path.exists():
-        return {"step": 0, "metrics": "", "samples": ""}
-    with refusing(f"{path} is damaged"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state.pop("model"))
-        optimizer.load_state_dict(state.pop("optimizer"))
+def load_run(cfg, policy, optimizer):
+    """The state of the run in `out`, with the model and the optimiser loaded, or a new one."""
+    state = {"step": 0, "before": None, "metrics": "", "samples": ""}
+    path = Path(cfg.out, "trainer.pt")
+    if path.exists():
+        with refusing(f"{path} is damaged"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            policy.load_state_dict(state.pop("model"))
+            optimizer.load_state_dict(state.pop("optimizer"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(cfg, "config.json", json.dumps(asdict(cfg) | {"resume": False}, indent=1))
     return state
 
 
-def train(cfg):
-    """The whole method: roll out, reward, compare within groups, update."""
-    require(cfg.chains > 1, f"chains = {cfg.chains}; allowed: 2 or more, for GRPO compares them")
-    out, config = Path(cfg.out), Path(cfg.out, "config.json")
-    require(cfg.resume == config.exists(), f"out = {cfg.out!r}; allowed: --resume if it has a run")
-    scorer()  # raises where scoring does not work
-    policy, tokenizer = load_model(cfg, cfg.model or smoke_model(cfg))
-    reference = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_beta else None
-    adamw = torch.optim.AdamW(policy.parameters(), cfg.lr, (0.9, 0.99), 1e-8, 0.1, fused=True)
-    state = load_run(out / "trainer.pt", policy, adamw)
-    sampler = copy.deepcopy(policy).requires_grad_(False).to(compute_dtype(policy, cfg))
-    generator, tests = torch.Generator(policy.device), test_problems(cfg, tokenizer)
-    out.mkdir(parents=True, exist_ok=True)
-    config.with_suffix(".new").write_text(json.dumps(asdict(cfg) | {"resume": False}, indent=1))
-    config.with_suffix(".new").rename(config)
-    test = partial(evaluate, sampler, tokenizer, cfg, generator, tests)
-    if "before" not in state:
-        state["before"] = test()["pass@1"]
-    bar = tqdm(range(state["step"], cfg.steps, cfg.accumulate), desc=cfg.method, disable=None)
-    for step in bar:
-        done = state["step"] = min(step + cfg.accumulate, cfg.steps)
-        r, advantages, log = collect(sampler, tokenizer, cfg, range(step, done), generator)
-        lr = cfg.lr * min(1, (step + cfg.accumulate) / max(1, cfg.warmup * cfg.steps))
-        log |= update(policy, reference, adamw, r, advantages, cfg, lr)
-        sampler.load_state_dict(policy.state_dict())
-        if cfg.eval_every and step // cfg.eval_every < done // cfg.eval_every:
-            log["test_accuracy"] = test()["pass@1"]
-        saves = done == cfg.steps or step // cfg.save_every < done // cfg.save_every
-        for row in range(cfg.chains if saves or step == 0 else 0):
-            state["samples"] += f"step {step}: {readable(r, row, tokenizer)}\n"
-        state["metrics"] += json.dumps(log) + "\n"
-        (out / "metrics.jsonl").write_text(state["metrics"])
-        (out / "samples.txt").write_text(state["samples"])
-        bar.set_postfix({n: f"{log[n]:.2f}" for n in ("reward", "correct", "entropy", "kl")})
-        if saves:
-            parts = {"model": policy.state_dict(), "optimizer": adamw.state_dict()}
-            with refusing(f"{out}/trainer.pt was not written; --resume goes on from the last one"):
-                torch.save(state | parts, out / "trainer.new")
-                (out / "trainer.new").rename(out / "trainer.pt")
-    policy.save_pretrained(out / "checkpoint")
-    tokenizer.save_pretrained(out / "checkpoint")
-    result = asdict(cfg) | {"accuracy_before": state["before"], "accuracy_after": test()["pass@1"]}
-    (out / "result.json").write_text(json.dumps(result, indent=1))
-    print(f"{out}: accuracy {state['before']:.3f} -> {result['accuracy_after']:.3f}")
+def save_run(cfg, state, policy, optimizer):
+    """Writes trainer.pt, which is all that --resume needs."""
+    parts = {"model": policy.state_dict(), "optimizer": optimizer.state_dict()}
+    path = Path(cfg.out, "trainer.pt")
+    with refusing(f"{path} was not written; --resume goes on from the last one"):
+        torch.save(state | parts, path.with_suffix(".new"))
+        path.with_suffix(".new").rename(path)
 
 
-# -------------------------------------------------------------------------------- 13. evaluation
+def finish_run(cfg, state, policy, tokenizer, accuracy):
+    """Writes checkpoint and result, and says what can be done with them."""
+    policy.save_pretrained(f"{cfg.out}/checkpoint")
+    tokenizer.save_pretrained(f"{cfg.out}/checkpoint")
+    result = asdict(cfg) | {"accuracy_before": state["before"], "accuracy_after": accuracy}
+    write(cfg, "result.json", json.dumps(result, indent=1))
+    print(f"{cfg.out}: accuracy {state['before']:.3f} -> {accuracy:.3f}")
+    print(f"read it out:  python motg.py eval --model {cfg.out} --method single,{cfg.method}")
+    print(f"look at it:   python docs/tools/run_page.py {cfg.out}")
+
+
 def pass_at_k(n, c, k) -> float:
     """Chance that one of k chains is right when c of n were, unbiased (Chen et al. 2021)."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
@@ -1033,9 +1451,8 @@ def evaluate(model, tokenizer, cfg, generator, tests, probes=False):
     """Sampled accuracy on problems: pass@k, standard error over problems, the probes' means."""
     generator.manual_seed(cfg.seed)
     right, means, G, n = [], Counter(), cfg.chains, len(tests)
-    for part in [tests[i : i + 32] for i in range(0, n, 32)]:  # so many prompts' caches fit
-        r = rollout(model, tokenizer, [prompt for _, _, prompt in part], cfg, generator)
-        parts = rewards([problem for problem in part for _ in range(G)], r.texts)
+    for part in (tests[i : i + 32] for i in range(0, n, 32)):  # so many prompts' caches fit
+        r, parts = attempt(model, tokenizer, part, cfg, generator)
         right += torch.tensor([p["correct"] for p in parts]).view(-1, G).sum(1).int().tolist()
         means.update({name: value * len(part) / n for name, value in step_probes(r).items()})
     result = {f"pass@{k}": sum(pass_at_k(G, c, k) for c in right) / n for k in range(1, G + 1)}
@@ -1044,57 +1461,71 @@ def evaluate(model, tokenizer, cfg, generator, tests, probes=False):
 
 
 def evaluation(*configs):
-    """`eval`: one model, read out by several methods, side by side; adds to eval.jsonl."""
-    cfg = configs[0]
+    """`eval`: one model, read out by several methods side by side; adds to eval.jsonl."""
+    cfg, default = configs[0], asdict(make_config(smoke=configs[0].smoke))
     model, tokenizer = load_model(cfg, cfg.model or smoke_model(cfg))
     model.to(compute_dtype(model, cfg))
     tests, generator = test_problems(cfg, tokenizer), torch.Generator(model.device)
     found = [asdict(c) | evaluate(model, tokenizer, c, generator, tests, True) for c in configs]
     for name in found[0]:
-        print(f"{name:20}" + "".join(f"{row[name]!s:>22.20}" for row in found))
+        values = [row[name] for row in found]
+        if any(value != default.get(name) for value in values):
+            texts = (f"{x:.4g}" if isinstance(x, float) else str(x)[-20:] for x in values)
+            print(f"{name:20}" + "".join(f"{text:>22}" for text in texts))
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     with Path(cfg.out, "eval.jsonl").open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in found)
 
 
-# ------------------------------------------------------------------------------ 14. command line
+# ------------------------------------------------------------------------------ 15. command line
 def configs_of(command, given):
-    """A Config for each method. Flags win, but for the methods' own settings where several are."""
-    out = f"runs/{command}-{given.get('method', 'dirichlet')}-{given.get('seed', 0)}"
-    model, methods = Path(given.get("model", "")), given.pop("method", None)
-    of_run = command == "eval" and model.name == "checkpoint"
-    path = Path(model.parent if of_run else given.get("out", out), "config.json")
-    with refusing(f"{path} is damaged"):
+    """A Config for each method. Flags win over the settings of the run in --out or --model, but for
+    the methods' own settings where several are read out."""
+    methods, model = given.pop("method", None), Path(given.get("model", ""))
+    out = f"runs/{command}-{methods or 'dirichlet'}-{given.get('seed', 0)}"
+    folder = Path(given.get("out", out))
+    if command == "eval" and "model" in given:
+        folder = model.parent if model.name == "checkpoint" else model
+        if (folder / "checkpoint").exists():  # a run's folder stands for its model
+            given["model"] = str(folder / "checkpoint")
+    with refusing(f"{folder}/config.json is damaged"):
+        path = folder / "config.json"
         run = dict(json.loads(path.read_text())) if path.exists() else {}
-    methods = methods or run.get("method", "dirichlet")
+        run = {f.name: run[f.name] for f in fields(Config) if f.name in run}
+    names = (methods or run.get("method", "dirichlet")).split(",")
+    require(command == "eval" or len(names) == 1, f"method = {methods!r}; train takes one")
     theirs, configs = METHODS.get(run.get("method"), {}), []
-    for method in methods.split(",") if command == "eval" else [methods]:
-        own = METHODS.get(method, {})
-        gone = {} if method == run.get("method") else theirs | own
-        kept = {name: x for name, x in run.items() if name not in gone}
-        flags = {name: x for name, x in given.items() if "," not in methods or name not in own}
-        configs.append(make_config(**{"out": out} | kept | flags | {"method": method}))
+    for name in names:
+        own = METHODS.get(name, {})
+        gone = {} if name == run.get("method") else theirs | own
+        kept = {key: x for key, x in run.items() if key not in gone}
+        flags = {key: x for key, x in given.items() if len(names) == 1 or key not in own}
+        configs.append(make_config(**{"out": out} | kept | flags | {"method": name}))
     return configs
 
 
 def main(argv=None) -> int:
     """The command line; returns the exit status."""
+    help_of = dict(re.findall(r"(\w+): \w+ = .*?  # (.*)", inspect.getsource(Config)))
     parser = argparse.ArgumentParser("motg.py", argument_default=argparse.SUPPRESS)
     parser.error = partial(require, False)  # one line, where argparse would print its usage too
     parser.add_argument("command", choices=("train", "eval"))
     for f in fields(Config):
         names = sorted({f"--{f.name}", f"--{f.name.replace('_', '-')}"})
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        allowed = "|".join(f.metadata["choices"] or RULES.get(f.name, ()))
-        parser.add_argument(*names, help=f"{f.metadata['help']} {allowed} [{f.default}]", **kind)
+        allowed = "|".join(CHOICES.get(f.name, ()))
+        parser.add_argument(*names, help=f"{help_of[f.name]} {allowed} [{f.default}]", **kind)
     try:
         given = vars(parser.parse_args(argv))
         command = given.pop("command")
-        return {"train": train, "eval": evaluation}[command](*configs_of(command, given)) or 0
+        {"train": train, "eval": evaluation}[command](*configs_of(command, given))
     except (UserError, OSError, torch.OutOfMemoryError) as e:
-        print(f"motg: {str(e).splitlines()[0]}", file=sys.stderr)
+        print(f"motg: {first_line(e)}", file=sys.stderr)
         return 2
+    return 0
 
 
 if __name__ == "__main__":
+    from motg import main  # scoring's child looks its functions up in the module of this name
+
     sys.exit(main())
