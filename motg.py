@@ -7,10 +7,10 @@ ends the thought with `</think>`, answers in ordinary tokens, and learns by GRPO
     logits z --softmax(z / T)--> p --k candidates v, weights w--> sum_i w_i E[v_i] --> next input
 
 Read it from top to bottom. Part One is the method, and a student can stop at its end: 1 settings,
-2 a mixture, 3 the log-probability of a step, 4 the end of a thought, 5 rollouts, 6 log-probabilities
-in parallel, 7 GRPO, 8 the training loop. Part Two is what a program needs around that: 9 other
-rules and methods, 10 tasks and rewards, 11 contained scoring, 12 models, 13 probes, 14 a run's
-folder and evaluation, 15 the command line.
+2 a mixture, 3 the log-probability of a step, 4 the end of a thought, 5 rollouts, 6 scoring them in
+parallel, 7 GRPO, 8 the training loop. Part Two is what a program needs around that: 9 other rules
+and methods, 10 tasks and rewards, 11 contained scoring, 12 models, 13 probes, 14 a run's folder and
+evaluation, 15 the command line.
 
 Letters in shapes: B rows (a row is one chain of one prompt), G chains a prompt, n prompts, P the
 longest prompt, T new tokens, k candidates, V vocabulary, d width, N steps picked out of B x T.
@@ -119,7 +119,7 @@ class Config:
 
 # -------------------------------------------------------------------------------- 2. a mixture
 # A thinking step is k candidates v and k weights w. The model's next input is the weighted sum of
-# the candidates' embeddings. Say that the vocabulary is a, b, c, d and the end tag, and at this step
+# the candidates' embeddings. Say the vocabulary is a, b, c, d and the end tag, and at this step
 #
 #     p         a 0.40   b 0.24   c 0.12   d 0.04   </think> 0.20
 #     p'        a 0.50   b 0.30   c 0.15   d 0.05             p without the tag: see section 4
@@ -227,11 +227,6 @@ def plackett_luce(log_p, tokens, cfg):
     return score
 
 
-def in_proportion(log_hat, cfg, generator=None):
-    """w = p^."""
-    return log_hat
-
-
 def dirichlet(log_hat, cfg, generator=None):
     """w ~ Dir(c p^), with mean p^: c -> inf gives p^ itself, c -> 0 one token drawn from p^.
 
@@ -256,24 +251,29 @@ SAMPLING = {
     "without-replacement": Candidates(without_replacement, plackett_luce),
 }
 AGGREGATION = {
-    "probability": Weights(in_proportion),
+    "probability": Weights(lambda log_hat, *_: log_hat),  # w = p^
     "dirichlet": Weights(dirichlet, dirichlet_logdensity),
 }
 
 
+def weigh(log_hat, cfg, generator=None):
+    """log w (..., k) of candidates with log p^ (..., k); slots without a candidate stay empty."""
+    log_w = AGGREGATION[cfg.aggregation].weigh(log_hat, cfg, generator)
+    return log_w.masked_fill(log_hat == -INF, -INF).log_softmax(-1)
+
+
 def sample_mixture(logits, cfg, generator=None, first=None) -> Mixture:
     """One thinking step from logits (B, V). `first` (B,): an ordinary draw from p, if at hand."""
-    candidates = SAMPLING[cfg.sampling]
-    weights = AGGREGATION[cfg.aggregation]
+    candidates, weights = SAMPLING[cfg.sampling], AGGREGATION[cfg.aggregation]
     log_p = token_distribution(logits, cfg.temperature)  # (B, V)
-    first = draw(log_p, generator) if first is None else first
-    tokens, log_pv = candidates.choose(log_p, first, cfg, generator)  # (B, k) both
+    read = draw(log_p, generator) if first is None else first  # (B,)
+    tokens, log_pv = candidates.choose(log_p, read, cfg, generator)  # (B, k) both
     log_hat = log_pv.log_softmax(-1)  # (B, k)
-    log_w = weights.weigh(log_hat, cfg, generator)
-    log_w = log_w.masked_fill(log_hat == -INF, -INF).log_softmax(-1)  # (B, k)
-    noise = 0.0 if weights.reads_largest else gumbel_noise(log_w, generator)
-    slot = (log_w + noise).argmax(-1, keepdim=True)  # (B, 1)
-    read = first if candidates.logprob else tokens.gather(-1, slot)[:, 0]  # (B,)
+    log_w = weigh(log_hat, cfg, generator)  # (B, k)
+    if not candidates.logprob:
+        noise = 0.0 if weights.reads_largest else gumbel_noise(log_w, generator)
+        slot = (log_w + noise).argmax(-1, keepdim=True)  # (B, 1)
+        read = tokens.gather(-1, slot)[:, 0]
     if weights.reweigh:
         log_w = weights.reweigh(log_hat, log_p, slot_of(tokens, read), cfg)
     return Mixture(tokens, log_w, read)
@@ -342,9 +342,7 @@ def step_logprob(logits, step, tag, cfg):
     if candidates.logprob:
         score = score + candidates.logprob(log_q, tokens, cfg)
     elif not weights.reads_largest:  # y ~ Cat(w): how likely is one with the same consequences?
-        log_read = log_w
-        if not weights.logdensity:
-            log_read = weights.weigh(log_hat, cfg).masked_fill(empty, -INF).log_softmax(-1)
+        log_read = log_w if weights.logdensity else weigh(log_hat, cfg)
         after = tag.after[matched[..., None], tokens]  # (..., k) the text's state: see section 4
         alike = after == tag.after[matched, read][..., None]
         alike = slot_of(tokens, read) if weights.reweigh else alike & ~empty
@@ -470,14 +468,8 @@ class Rollout(NamedTuple):
         """These rows (a LongTensor), with the padding trimmed and without texts."""
         P = max(1, int(self.prompt_mask[rows].sum(1).max()))
         T = max(1, int(self.mask[rows].sum(1).max()))
-        return Rollout(
-            Steps(*(x[rows, :T] for x in self.steps)),
-            self.prompt_ids[rows, -P:],
-            self.prompt_mask[rows, -P:],
-            self.prompt[rows],
-            self.tag,
-            [],
-        )
+        prompts = self.prompt_ids[rows, -P:], self.prompt_mask[rows, -P:], self.prompt[rows]
+        return Rollout(Steps(*(x[rows, :T] for x in self.steps)), *prompts, self.tag, [])
 
 
 # transformers 5.24 renamed this argument. cuDNN's attention is left out: with a mask its gradient
@@ -493,52 +485,50 @@ def forward(model, embeds, mask, position, cache, **more):
         return model.base_model(inputs_embeds=embeds, **more)
 
 
-def read_prompts(model, ids, mask, **more):
-    """Reads n distinct prompts (n, P); returns the model's output and its cache."""
-    cache = transformers.DynamicCache(config=model.config)
+def read_prompts(model, ids, mask, cache, **more):
+    """Reads n distinct prompts (n, P) into the cache; returns the model's output."""
     embeds = F.embedding(ids, model.get_input_embeddings().weight)  # (n, P, d)
     position = (mask.cumsum(1) - 1).clamp(min=0)  # (n, P)
-    return forward(model, embeds, mask.long(), position, cache, **more), cache
+    return forward(model, embeds, mask.long(), position, cache, **more)
 
 
 class Decoder:
     """The state of a rollout: prompts (n, P), and where each of the B rows is."""
 
-    def __init__(self, model, tag, tag_ids, ids, mask, cfg, generator):
-        self.model, self.tag, self.tag_ids, self.cfg = model, tag, tag_ids, cfg
-        self.generator, self.head = generator, model.get_output_embeddings()
-        out, prompts = read_prompts(model, ids, mask)
-        self.logits = self.head(out.last_hidden_state[:, -1]).repeat_interleave(cfg.chains, 0)
-        mask = mask.repeat_interleave(cfg.chains, 0)  # (B, P)
-        (B, self.P), T, k = mask.shape, cfg.max_new_tokens, cfg.k
+    def __init__(self, model, tokenizer, ids, mask, cfg, generator):
+        self.model, self.cfg, self.generator = model, cfg, generator
+        self.head = model.get_output_embeddings()
+        tag = tag_table(tokenizer, len(self.head.weight), eos_ids(model, tokenizer))
+        self.tag = TagTable(*(x.to(ids.device) for x in tag))
+        self.tag_ids = ids.new_tensor(tokenizer.encode(TAG, add_special_tokens=False))
+        (n, self.P), T, k = mask.shape, cfg.max_new_tokens, cfg.k
         slots = (self.P + T + 15) // 16 * 16  # attention pads other lengths anew in each layer
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=slots)
-        for i, layer in enumerate(prompts.layers):  # each is freed before the next is copied
-            copies = (x.repeat_interleave(cfg.chains, 0) for x in (layer.keys, layer.values))
-            self.cache.update(*copies, i)
-            layer.keys = layer.values = None
-        hidden = F.pad(~mask, (0, slots - self.P), value=True)[:, None, None]  # (B, 1, 1, slots)
+        out = read_prompts(model, ids, mask, self.cache)
+        self.logits = self.head(out.last_hidden_state[:, -1])  # (n, V)
+        self.start = mask.sum(1, keepdim=True)  # (n, 1) lengths of the prompts
+        hidden = F.pad(~mask, (0, slots - self.P), value=True)[:, None, None]  # (n, 1, 1, slots)
         self.attention_bias = hidden.to(model.dtype) * -1e9  # added to q k: 0 where a row may look
-        self.start = mask.sum(1, keepdim=True)  # (B, 1) lengths of the prompts
-        self.rows = torch.arange(B, device=ids.device)  # (B,) places in the record
-        self.matched, self.streak = ids.new_zeros(2, B)  # the text's state; steps towards the end
+        self.matched, self.streak = ids.new_zeros(2, n)  # the text's state; steps towards the end
+        self.rows = torch.arange(n * cfg.chains, device=ids.device)  # (B,) places in the record
+        self.keep(self.rows // cfg.chains)  # each prompt's row is copied to its chains
         self.t = ids.new_tensor([0])
         self.one_hot = torch.full((k,), -INF, device=ids.device).index_fill(0, self.t, 0.0)  # (k,)
-        numbers = torch.zeros(B, T, device=ids.device)
+        numbers = torch.zeros(len(self.rows), T, device=ids.device)
         self.record = Steps(
-            tokens=ids.new_zeros(B, T, k),
-            log_weights=self.one_hot.repeat(B, T, 1),
-            representative=ids.new_zeros(B, T),
-            kind=ids.new_full((B, T), PAD),
-            matched=ids.new_full((B, T), ENDED),
-            log_pv=self.one_hot.repeat(B, T, 1),
+            tokens=ids.new_zeros(*numbers.shape, k),
+            log_weights=self.one_hot.repeat(*numbers.shape, 1),
+            representative=numbers.long(),
+            kind=numbers.long() + PAD,
+            matched=numbers.long() + ENDED,
+            log_pv=self.one_hot.repeat(*numbers.shape, 1),
             logprob=numbers,
             entropy=numbers.clone(),
         )
 
     def keep(self, rows):
-        """Drops the rows that have ended: all but these (a LongTensor)."""
-        self.rows, self.start, self.logits = self.rows[rows], self.start[rows], self.logits[rows]
+        """Goes on with these rows (a LongTensor) alone; a row may come more than once."""
+        self.start, self.logits = self.start[rows], self.logits[rows]
         self.matched, self.streak = self.matched[rows], self.streak[rows]
         self.attention_bias = self.attention_bias[rows]
         for layer in self.cache.layers:
@@ -555,7 +545,7 @@ class Decoder:
         return (self.matched < ANSWER) & (place >= 0), token
 
     def choose(self):
-        """Draws an ordinary token; where that does not end the thought, mixes. Steps of (B, ...)."""
+        """Draws an ordinary token; where that does not end the thought, mixes. Steps (B, ...)."""
         cfg, matched, tag, generator = self.cfg, self.matched, self.tag, self.generator
         log_p = step_distribution(self.logits, matched, tag, cfg)  # (B, V)
         entropy = entropy_of(log_p)  # (B,)
@@ -607,20 +597,17 @@ def captured(step, generator):
     return graph.replay
 
 
-def rollout(model, tokenizer, prompts: list[str], cfg, generator=None) -> Rollout:
-    """`cfg.chains` trajectories for each prompt. A prompt is templated text that ends in the opened
-    thought, so that every row begins by thinking."""
+def rollout(model, tokenizer, prompts, cfg, generator=None) -> Rollout:
+    """`cfg.chains` trajectories for each prompt, a list of texts. They are templated and end in the
+    opened thought, so that every row begins by thinking."""
     check_model(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     how = {"padding": True, "padding_side": "left", "add_special_tokens": False}
     batch = tokenizer(prompts, **how, return_tensors="pt").to(model.device)
     ids, mask = batch.input_ids, batch.attention_mask.bool()  # (n, P)
-    tag = tag_table(tokenizer, model.config.vocab_size, eos_ids(model, tokenizer))
-    tag = TagTable(*(x.to(ids.device) for x in tag))
-    tag_ids = ids.new_tensor(tokenizer.encode(TAG, add_special_tokens=False))
     with torch.no_grad() if ids.is_cuda else torch.inference_mode():  # which graphs cannot take
-        decoder = Decoder(model, tag, tag_ids, ids, mask, cfg, generator)
-        step = decoder.step
+        decoder = Decoder(model, tokenizer, ids, mask, cfg, generator)
+        step, rows = decoder.step, decoder.rows
         for t in range(cfg.max_new_tokens):
             step()
             if ids.is_cuda and t == 0:  # the first step has set up what a capture needs
@@ -631,10 +618,10 @@ def rollout(model, tokenizer, prompts: list[str], cfg, generator=None) -> Rollou
             if not live.any():
                 break
             if t % 8 == 7 and not (ids.is_cuda or live.all()):  # a graph cannot shrink
-                decoder.keep(live.nonzero()[:, 0])
-    rows = torch.arange(len(ids) * cfg.chains, device=ids.device)  # (B,)
-    prompt = rows // cfg.chains
-    r = Rollout(decoder.record, ids[prompt], mask[prompt], prompt, tag, []).select(rows)
+                decoder.rows = decoder.rows[live]
+                decoder.keep(live)
+    prompt = rows // cfg.chains  # (B,)
+    r = Rollout(decoder.record, ids[prompt], mask[prompt], prompt, decoder.tag, []).select(rows)
     shown = zip(r.representative.cpu(), (r.mask & ~r.eos).cpu())
     texts = [tokenizer.decode(y[i], clean_up_tokenization_spaces=False) for y, i in shown]
     return r._replace(texts=texts)
@@ -648,11 +635,12 @@ LOGITS_CHUNK = 2**24  # numbers
 
 
 def completion_hidden(model, r, log_weights, cfg):
-    """Hidden states (B, T, d) from which each step was predicted: the embeddings', every layer's."""
+    """Hidden states (B, T, d) from which each step was predicted: embeddings, then each layer's."""
     _, chains = torch.unique_consecutive(r.prompt, return_counts=True)  # (n,) rows a prompt
     first = chains.cumsum(0) - chains  # (n,) the first of them
     more = {"output_hidden_states": True}
-    prompt, cache = read_prompts(model, r.prompt_ids[first], r.prompt_mask[first], **more)
+    cache = transformers.DynamicCache(config=model.config)
+    prompt = read_prompts(model, r.prompt_ids[first], r.prompt_mask[first], cache, **more)
     cache.batch_repeat_interleave(chains)
     table, T = model.get_input_embeddings().weight, r.kind.shape[1]
     embeds = mixture_embedding(table, r.tokens, log_weights, cfg.aggregation)  # (B, T, d)
@@ -680,7 +668,7 @@ def weights_of_p(logits, step, tag, cfg):
     log_q = token_distribution(logits.masked_fill(ends, -INF), cfg.temperature)  # log p'
     empty = log_w == -INF  # (N, k)
     log_hat = log_q.gather(-1, step.tokens).masked_fill(empty, -INF).log_softmax(-1)
-    of_p = weights.weigh(log_hat, cfg).masked_fill(empty, -INF).log_softmax(-1)
+    of_p = weigh(log_hat, cfg)
     if weights.reweigh:
         of_p = weights.reweigh(log_hat, log_q, slot_of(step.tokens, step.representative), cfg)
     of_p = of_p.masked_fill(empty, 0.0)
@@ -760,7 +748,7 @@ def grpo_loss(logprob, old_logprob, ref_logprob, advantages, mask, cfg, chains=N
 
 # --------------------------------------------------------------------------- 8. the training loop
 def attempt(model, tokenizer, problems, cfg, generator):
-    """Rolls out G chains a problem; returns the Rollout, and each row's rewards: a list of dicts."""
+    """Rolls out G chains a problem; returns the Rollout and, for each row, a dict of rewards."""
     r = rollout(model, tokenizer, [prompt for _, _, prompt in problems], cfg, generator)
     return r, rewards([problem for problem in problems for _ in range(cfg.chains)], r.texts)
 
@@ -777,17 +765,16 @@ def collect(sampler, tokenizer, cfg, steps, generator):
     equal = (reward == reward[:, :1]).all(1)  # (n,) nothing to compare, so no gradient
     log = {"step": steps[0], "no_gradient": equal.float().mean().item()}
     log |= {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
-    log |= step_probes(r) | {name: counts[name] for name in COUNTS}
+    log |= step_probes(r) | {"too_long": 0, "refused": 0, "raised": 0, "died": 0} | counts
     return r, group_advantages(reward).flatten(), parts, log
 
 
 def micro_batches(r, cfg):
     """The rows (LongTensors) of micro-batches of about `micro_tokens` tokens. Prompts whose longest
     chains are alike come together, so that there is little padding."""
-    longest = r.mask.sum(1).view(-1, cfg.chains).amax(1)  # (n,)
-    order = longest.argsort()
-    rows = torch.arange(len(r.kind), device=r.kind.device).view(-1, cfg.chains)[order].flatten()
-    lengths = longest[order].repeat_interleave(cfg.chains) + r.prompt_mask.shape[1] / cfg.chains
+    longest, order = r.mask.sum(1).view(-1, cfg.chains).amax(1).sort()  # (n,) both
+    rows = torch.arange(len(r.kind), device=order.device).view(-1, cfg.chains)[order].flatten()
+    lengths = longest.repeat_interleave(cfg.chains) + r.prompt_mask.shape[1] / cfg.chains
     start, parts = 0, []
     for i, length in enumerate(lengths.tolist()):  # ascending
         if i > start and (i + 1 - start) * length > cfg.micro_tokens:
@@ -811,23 +798,21 @@ def update(policy, reference, optimizer, r, advantages, cfg, lr):
         log.update(stats | {"sampler_gap": gap / tokens})
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip).item()
     optimizer.param_groups[0]["lr"] = lr
-    if math.isfinite(norm):
+    if math.isfinite(norm):  # else this batch is skipped
         optimizer.step()
     optimizer.zero_grad()
-    return dict(log) | {"grad_norm": norm, "lr": lr, "skipped": int(not math.isfinite(norm))}
+    return log | {"grad_norm": norm, "lr": lr}
 
 
 def train(cfg):
     """The whole method: roll out, reward, compare within groups, update."""
-    policy, tokenizer, reference, sampler, optimizer = learner(cfg)
+    policy, tokenizer, reference, sampler, optimizer, run = begin(cfg)
     generator, tests = torch.Generator(policy.device), test_problems(cfg, tokenizer)
-    state = load_run(cfg, policy, optimizer)
     test = partial(evaluate, sampler, tokenizer, cfg, generator, tests)
-    if state["before"] is None:
-        state["before"] = test()["pass@1"]
-    bar = tqdm(range(state["step"], cfg.steps, cfg.accumulate), desc=cfg.method, disable=None)
+    run["before"] = run["before"] or test()
+    bar = tqdm(range(run["step"], cfg.steps, cfg.accumulate), desc=cfg.method, disable=None)
     for step in bar:
-        done = state["step"] = min(step + cfg.accumulate, cfg.steps)
+        done = run["step"] = min(step + cfg.accumulate, cfg.steps)
         steps = range(step, done)
         r, advantages, parts, log = collect(sampler, tokenizer, cfg, steps, generator)
         lr = cfg.lr * min(1, (step + cfg.accumulate) / max(1, cfg.warmup * cfg.steps))
@@ -835,17 +820,18 @@ def train(cfg):
         sampler.load_state_dict(policy.state_dict())
         if cfg.eval_every and step // cfg.eval_every < done // cfg.eval_every:
             log["test_accuracy"] = test()["pass@1"]
-        state["metrics"] += json.dumps(log) + "\n"
         saves = done == cfg.steps or step // cfg.save_every < done // cfg.save_every
         for row in range(cfg.chains if saves or step == 0 else 0):
-            sample = {"step": step, **parts[row], "trajectory": readable(r, row, tokenizer)}
-            state["samples"] += json.dumps(sample) + "\n"
-        write(cfg, "metrics.jsonl", state["metrics"])
-        write(cfg, "samples.jsonl", state["samples"])
+            trajectory = {"trajectory": readable(r, row, tokenizer)}
+            run["samples"] += json.dumps({"step": step} | parts[row] | trajectory) + "\n"
+        run["metrics"] += json.dumps(log) + "\n"
+        write(cfg, "metrics.jsonl", run["metrics"])
+        write(cfg, "samples.jsonl", run["samples"])
         bar.set_postfix({name: f"{log[name]:.2f}" for name in ("reward", "correct", "entropy")})
         if saves:
-            save_run(cfg, state, policy, optimizer)
-    finish_run(cfg, state, policy, tokenizer, test()["pass@1"])
+            parts = {"model": policy.state_dict(), "optimizer": optimizer.state_dict()}
+            write(cfg, "trainer.pt", run | parts)
+    finish(cfg, policy, tokenizer, run["before"]["pass@1"], test()["pass@1"])
 
 
 # ==================================================================================================
@@ -868,8 +854,8 @@ def min_p(log_p, first, cfg, generator=None):
 
 
 def with_replacement(log_p, first, cfg, generator=None):
-    """k independent draws (Multiplex Thinking)."""
-    tokens = torch.stack([first, *(draw(log_p, generator) for _ in range(cfg.k - 1))], dim=-1)
+    """k independent draws (Multiplex Thinking, CoT2)."""
+    tokens = torch.stack([first, *(draw(log_p, generator) for _ in range(cfg.k - 1))], -1)
     return tokens, log_p.gather(-1, tokens)
 
 
@@ -907,25 +893,27 @@ SAMPLING |= {
     ),
 }
 AGGREGATION |= {
-    "uniform": Weights(lambda log_hat, cfg, generator=None: torch.zeros_like(log_hat)),
-    "max": Weights(in_proportion, feed=largest),
-    "posterior": Weights(in_proportion, reweigh=posterior),
+    "uniform": Weights(lambda log_hat, *_: torch.zeros_like(log_hat)),
+    "max": Weights(lambda log_hat, *_: log_hat, feed=largest),
+    "posterior": Weights(lambda log_hat, *_: log_hat, reweigh=posterior),
     "gumbel": Weights(gumbel, concrete_logdensity, reads_largest=True),
 }
-TOP_K = {"sampling": "top-k"}
-DRAWN = {"sampling": "without-replacement", "aggregation": "probability"}
-AGAIN = {"sampling": "with-replacement", "k": 3}
-GUMBEL = {"sampling": "top-k", "aggregation": "gumbel"}
+
+
+def preset(sampling, aggregation, **more):
+    """The settings of a method."""
+    return {"sampling": sampling, "aggregation": aggregation, **more}
+
+
 METHODS = {
-    "single": {**DRAWN, "k": 1},
-    "dirichlet": {**TOP_K, "aggregation": "dirichlet"},
-    "different-tokens": {**DRAWN, "logprob": "weighted"},
-    "soft-thinking": {**TOP_K, "aggregation": "probability"},
-    "mixture-of-inputs": {**TOP_K, "aggregation": "posterior"},
-    "multiplex": {**AGAIN, "aggregation": "probability", "logprob": "exact"},
-    "cot2": {**AGAIN, "aggregation": "uniform", "logprob": "weighted"},
-    "soft-grpo": {**GUMBEL, "k": 5, "gumbel_tau": 0.1, "logprob": "exact"},
-    "lepo": {**GUMBEL, "k": 30, "gumbel_tau": 0.5, "mix_steps": 32, "logprob": "weighted"},
+    "single": preset("without-replacement", "probability", k=1),
+    "dirichlet": preset("top-k", "dirichlet"),
+    "different-tokens": preset("without-replacement", "probability", logprob="weighted"),
+    "soft-thinking": preset("top-k", "probability"),
+    "mixture-of-inputs": preset("top-k", "posterior"),
+    "multiplex": preset("with-replacement", "probability", k=3, logprob="exact"),
+    "soft-grpo": preset("top-k", "gumbel", k=5, gumbel_tau=0.1, logprob="exact"),
+    "lepo": preset("top-k", "gumbel", k=30, gumbel_tau=0.5, mix_steps=32, logprob="weighted"),
 }
 SMOKE = {
     "model": "",
@@ -935,8 +923,8 @@ SMOKE = {
     "chains": 8,
     "prompts_per_step": 16,
     "accumulate": 1,
-    "save_every": 40,
     "steps": 80,
+    "save_every": 40,
     "lr": 3e-5,
     "grad_clip": 1.0,
     "kl_beta": 0.01,
@@ -952,9 +940,10 @@ CHOICES = {
     "loss_average": ("chain", "token"),
     "device": ("auto", "cuda", "cpu"),
     "precision": ("auto", "fp32", "bf16"),
+    "task": reasoning_gym.factory.DATASETS,
 }
-ZERO_TOO = """answer_temperature moi_beta mix_steps mix_entropy weight_passes end_entropy steps lr
-warmup kl_beta clip eval_every seed""".split()  # the other numbers are above 0
+MAY_BE_0 = """answer_temperature moi_beta mix_steps mix_entropy weight_passes end_entropy steps lr
+warmup kl_beta clip eval_every seed"""  # the other numbers are above 0
 MOST = {"top_p": 1, "min_p": 1, "warmup": 1, "clip": 1, "seed": 10**6 - 1}
 
 
@@ -984,22 +973,22 @@ def refusing(message):
 
 def make_config(method="dirichlet", **overrides) -> Config:
     """Defaults, then --smoke's, then the method's, then `overrides`. Raises UserError."""
-    require(method in METHODS, f"unknown method {method!r}; allowed: {', '.join(METHODS)}")
-    smoke = dict(SMOKE) if overrides.get("smoke") else {}
-    if overrides.get("task", SMOKE["task"]) != SMOKE["task"]:
-        smoke.pop("task_settings", None)  # they belong to its own task
+    require(method in METHODS, f"method = {method!r}; allowed: {', '.join(METHODS)}")
+    smoke = SMOKE if overrides.get("smoke") else {}
+    settings = smoke | METHODS[method] | overrides | {"method": method}
+    if settings.get("task") != SMOKE["task"] and "task_settings" not in overrides:
+        settings["task_settings"] = "{}"  # the smoke mode's belong to its own task
     with refusing("unknown setting"):
-        cfg = Config(**smoke | METHODS[method] | overrides | {"method": method})
+        cfg = Config(**settings)
     for f in fields(cfg):
         value, choices = getattr(cfg, f.name), CHOICES.get(f.name)
         if choices:
             require(value in choices, f"{f.name} = {value!r}; allowed: {', '.join(choices)}")
         elif f.type in (int, float):
-            least, most = f.name in ZERO_TOO, MOST.get(f.name, 10**9)
-            ok = type(value) in (int, f.type) and (value > 0 or least and value == 0)
-            allowed = f"{'0' if least else 'above 0'} to {most}"
-            require(ok and value <= most, f"{f.name} = {value!r}; allowed: {allowed}")
-    require(cfg.task in reasoning_gym.factory.DATASETS, f"Reasoning-Gym has no task {cfg.task!r}")
+            least = 0 if f.name in MAY_BE_0.split() else f.type(1e-6) or 1
+            most = MOST.get(f.name, 10**9)
+            ok = type(value) in (int, f.type) and least <= value <= most
+            require(ok, f"{f.name} = {value!r}; allowed: {least} to {most}")
     require(method != "single" or cfg.k == 1, f"k = {cfg.k}; allowed: 1, for the method single")
     return cfg
 
@@ -1010,8 +999,7 @@ def make_config(method="dirichlet", **overrides) -> Config:
 # drew it. Streams of items lie 10^9 apart: 0 is the test's, 1 the smoke model's, 2 + seed a run's.
 SYSTEM = "Think inside <think> and </think>, then give the answer inside <answer> and </answer>."
 FORMAT = r"((?!</think>|<answer>).)*</think>\s*<answer>((?!</?answer>).)*</answer>\s*"
-COUNTS = ("too_long", "refused", "raised", "died")  # prompts skipped; answers without a score
-counts = Counter()  # of a step
+counts = Counter()  # of a step: prompts "too_long"; answers "refused", "raised" or "died" of
 
 
 @lru_cache(maxsize=64)
@@ -1028,12 +1016,12 @@ def chat_prompt(tokenizer, question, cfg):
         for asked, reply in json.loads(Path(cfg.shots).read_text()) if cfg.shots else []:
             turns += [("user", asked), ("assistant", reply)]
     chat = [{"role": role, "content": text} for role, text in (*turns, ("user", question))]
-    how = {"tokenize": False, "add_generation_prompt": True}
+    template = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
     try:
-        prompt = tokenizer.apply_chat_template(chat, **how)
+        prompt = template(chat)
     except Exception:  # noqa: BLE001  (a template refuses a system turn: the user's turn says it)
         chat[1]["content"] = f"{SYSTEM}\n\n{chat[1]['content']}"
-        prompt = tokenizer.apply_chat_template(chat[1:], **how)
+        prompt = template(chat[1:])
     return prompt if prompt.rstrip().endswith("<think>") else prompt + "<think>\n"
 
 
@@ -1092,7 +1080,7 @@ def rewards(problems, texts):
 # these see plain arithmetic and lists only, and all of them run in a child process, which the
 # kernel ends when it is late.
 EVALS = """countdown puzzle24 polynomial_multiplication simple_integration string_insertion n_queens
-intermediate_integration binary_matrix spiral_matrix number_sorting complex_arithmetic""".split()
+intermediate_integration binary_matrix spiral_matrix number_sorting complex_arithmetic"""
 NAME = r"[A-Za-z]_?\d?|pi|sqrt|exp|log|ln|[aA]bs|Rational|a?(sin|cos|tan)h?|cot|sec|csc"
 PLAIN = rf"""((?<![A-Za-z_])({NAME})(?!\w)|['"](-?[\d.]+|\w)['"]|\.(?=\d)|[\s\d\[\],+*/()!-])*"""
 SMALL = r"\s*(-?\d{1,2}(\.\d+)?|[a-zA-Z]|\(-?\d{1,2}(/\d{1,2})?\))(?!\s*(\*\*|!|[\w.(]))"
@@ -1105,16 +1093,16 @@ def harmless(task, answer, entry):
     right = (str(entry["answer"]).strip(), *entry["metadata"].get("valid_answers", ()))
     plain = re.fullmatch(PLAIN, answer, re.ASCII) and not re.search(HUGE, answer)
     short = len(answer) <= max(4096, 4 * len(right[0]))
-    return answer.strip() in right or short and (plain or task not in EVALS)
+    return answer.strip() in right or short and (plain or task not in EVALS.split())
 
 
 def score_forever(pipe):
     """The child: a score, "refused" or "raised" for each (module, task, answer, entry)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # that is the trainer's business
     sys.stdout = sys.stderr = None
-    with suppress(ValueError, OSError):  # where it is refused, time still holds
-        used = re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())
-        resource.setrlimit(resource.RLIMIT_DATA, (2**32 + 1024 * int(used[1]),) * 2)
+    with suppress(ValueError, OSError):  # where it is refused, the time still holds
+        used = re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (2**32 + 1024 * int(used),) * 2)
     while True:
         module, task, answer, entry = pipe.recv()
         verdict = "raised"
@@ -1136,7 +1124,7 @@ def scorer():
     ours, theirs = context.Pipe()
     entry, main = dataset("chain_sum", 0)[0], sys.modules["__main__"]
     with refusing("scoring does not work on this machine: no child process could start"):
-        sys.modules["__main__"] = types.ModuleType("__main__")  # a child runs the caller's again
+        sys.modules["__main__"] = types.ModuleType("__main__")  # the caller's would be run again
         try:
             process = context.Process(target=score_forever, args=(theirs,), daemon=True)
             process.start()
@@ -1181,11 +1169,12 @@ def check_model(model):
     """Raises UserError unless the model is head(layers(embeddings)) with full causal attention."""
     if hasattr(model, "motg_checked"):
         return
-    ids = torch.arange(10, device=model.device)[None] % model.config.vocab_size  # (1, 10)
-    out, _ = read_prompts(model, ids, ids >= 0)
-    want, got = model(ids).logits, model.get_output_embeddings()(out.last_hidden_state)
-    window, kinds = (getattr(model.config, n, None) for n in ("sliding_window", "layer_types"))
-    full = not window and {*(kinds or ())} <= {"full_attention"}
+    config, head = model.config, model.get_output_embeddings()
+    full = {*(getattr(config, "layer_types", None) or ())} <= {"full_attention"}
+    full = full and not getattr(config, "sliding_window", None)
+    ids = torch.arange(10, device=model.device)[None] % config.vocab_size  # (1, 10)
+    out = read_prompts(model, ids, ids >= 0, transformers.DynamicCache(config=config))
+    got, want = head(out.last_hidden_state), model(ids).logits
     same = full and torch.allclose(want, got, atol=1e-2, rtol=1e-2)
     require(same, f"{type(model).__name__}; allowed: full attention, unscaled embeddings and head")
     model.motg_checked = True
@@ -1203,6 +1192,7 @@ def device_of(cfg):
 def load_model(cfg, name):
     """An fp32 model, on its device, and its tokenizer. Raises UserError for what cannot be used."""
     device = device_of(cfg)
+    transformers.utils.logging.disable_progress_bar()
     with refusing(f"model {str(name)!r} cannot be loaded; allowed: a hub name or a folder"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
@@ -1214,12 +1204,9 @@ def load_model(cfg, name):
     most = int((~tag.ends).sum(1).min())  # the tokens that a mixture may hold
     require(cfg.k <= most, f"k = {cfg.k}; allowed: 1 to {most}")
     check_model(model)
-    if model.num_parameters() < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
+    if model.num_parameters() < 10**7 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # waking a thread takes longer than its half of so small a product
     return model.to(device), tokenizer
-
-
-SMALL_MODEL = 10**7  # parameters; below, neither a second thread nor bf16 pays
 
 
 def compute_dtype(model, cfg):
@@ -1228,17 +1215,8 @@ def compute_dtype(model, cfg):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = torch.cpu._is_avx512_bf16_supported()
-    auto = cfg.precision == "auto" and fast and model.num_parameters() >= SMALL_MODEL
+    auto = cfg.precision == "auto" and fast and model.num_parameters() > 10**7
     return torch.bfloat16 if auto or cfg.precision == "bf16" else torch.float32
-
-
-class World(NamedTuple):
-    """What a small model is warm-started on."""
-
-    task: str
-    task_settings: str
-    words: list[str]  # each becomes one token
-    demonstrate: Callable  # (entry, rng) -> a thought and an answer
 
 
 def demonstrate_sum(entry, rng):
@@ -1258,9 +1236,7 @@ def demonstrate_sum(entry, rng):
 
 ASKED = "State the final answer to the following arithmetic problem: "
 WORDS = [ASKED, "easy", TAG, " <answer>", "</answer>", " + ", " - ", " = ", ", ", " ="]
-SUMS = World(
-    SMOKE["task"], SMOKE["task_settings"], [*WORDS, *map(str, range(100))], demonstrate_sum
-)
+WORDS += map(str, range(100))
 
 
 def small_model(words):
@@ -1288,16 +1264,16 @@ def small_model(words):
     return transformers.Qwen2ForCausalLM(shape), tokenizer
 
 
-def warm_start(world=SUMS, steps=500, batch=64, lr=2e-3):
-    """A small model and its tokenizer, trained on a World's demonstrations, in about a minute."""
-    model, tokenizer = small_model(world.words)
+def warm_start(cfg, words=WORDS, demonstrate=demonstrate_sum, steps=500, batch=64, lr=2e-3):
+    """A small model and its tokenizer, trained in about a minute on the thoughts and answers that
+    demonstrate(entry, rng) gives for problems of cfg.task. Each of `words` is one token."""
+    model, tokenizer = small_model(words)
     optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    cfg = make_config(smoke=True, task=world.task, task_settings=world.task_settings)
     stream, rng = problems(cfg, tokenizer, 1, range(10**9), test=False), random.Random(0)
     for _ in tqdm(range(steps), desc="warm start", leave=False, disable=None):
         part = list(islice(stream, batch))
-        texts = [prompt + world.demonstrate(entry, rng) for _, entry, prompt in part]
+        texts = [prompt + demonstrate(entry, rng) for _, entry, prompt in part]
         x = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         n = torch.tensor([len(tokenizer.encode(prompt)) for _, _, prompt in part])[:, None]
         learn = x.attention_mask.bool() & (torch.arange(x.input_ids.shape[1]) >= n)
@@ -1313,7 +1289,7 @@ def smoke_model(cfg):
     """The folder of the warm-started model: made once, and kept in the user's cache."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "motg", "smoke-4")
     if not (folder / "done").exists():
-        for part in warm_start():
+        for part in warm_start(make_config(smoke=True)):
             part.save_pretrained(folder)
         (folder / "done").touch()
     return folder
@@ -1336,8 +1312,7 @@ def step_probes(r):
         "gini_simpson": 1 - (w * whole).sum(-1),
         "one_hot": whole.amax(-1) > 0.99,
     }
-    found = {name: x[r.thinking] for name, x in of_steps.items()}
-    found |= {
+    found = {name: x[r.thinking] for name, x in of_steps.items()} | {
         "distinct_tokens": torch.tensor([len({*row} - {-1}) for row in ids]),
         "think_tokens": r.thinking.sum(1),
         "answer_tokens": (r.mask & ~r.thinking).sum(1),
@@ -1368,76 +1343,67 @@ def hidden_probes(model, r, cfg, chains=32):
 
 
 # ------------------------------------------------------------- 14. a run's folder, and evaluation
+def begin(cfg):
+    """What `train` needs: models, tokenizer, optimiser, and the state of the run. Raises UserError
+    for what the user would have to mend, before anything is written."""
+    require(cfg.chains > 1, f"chains = {cfg.chains}; allowed: 2 or more, for GRPO compares them")
+    device_of(cfg)
+    out, path = Path(cfg.out), Path(cfg.out, "trainer.pt")
+    free = cfg.resume or not (out / "config.json").exists()
+    require(free, f"out = {cfg.out!r} has a run; allowed: --resume, or another folder")
+    scorer()
+    policy, tokenizer = load_model(cfg, cfg.model or smoke_model(cfg))
+    reference = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_beta else None
+    optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, (0.9, 0.99), 1e-8, 0.1, fused=True)
+    run = {"step": 0, "before": None, "metrics": "", "samples": ""}
+    if path.exists():
+        with refusing(f"{path} is damaged"):
+            run = torch.load(path, map_location="cpu", weights_only=True)
+            policy.load_state_dict(run.pop("model"))
+            optimizer.load_state_dict(run.pop("optimizer"))
+    sampler = copy.deepcopy(policy).requires_grad_(False).to(compute_dtype(policy, cfg))
+    test_problems(cfg, tokenizer)
+    out.mkdir(parents=True, exist_ok=True)
+    write(cfg, "config.json", json.dumps(asdict(cfg) | {"resume": False}, indent=1))
+    return policy, tokenizer, reference, sampler, optimizer, run
+
+
+def write(cfg, name, content):
+    """A file of the run's folder. It is written beside and renamed, so that it is there as a whole;
+    trainer.pt is all that --resume needs."""
+    path = Path(cfg.out, name)
+    new = path.with_suffix(".new")
+    with refusing(f"{path} was not written; --resume goes on from the last checkpoint"):
+        new.write_text(content) if isinstance(content, str) else torch.save(content, new)
+        new.rename(path)
+
+
 def readable(r, row, tokenizer):
     """A trajectory as a list of steps for JSON; a candidate is [text, weight, p]."""
-    one, found = r.select(torch.tensor([row], device=r.kind.device)), []
-    slots = torch.stack([one.tokens.double(), one.log_weights.exp(), one.log_pv.exp()], dim=-1)
-    steps = torch.stack([one.representative, one.kind, one.thinking, one.entropy], dim=-1)
-    for (y, kind, thinking, entropy), candidates in zip(steps[0].tolist(), slots[0].tolist()):
-        texts = [[tokenizer.decode([int(v)]), round(w, 4), round(p, 4)] for v, w, p in candidates]
+    one = r.select(torch.tensor([row], device=r.kind.device))
+    slots = one.tokens, one.log_weights.exp(), one.log_pv.exp()
+    columns = one.representative, one.kind, one.thinking, one.entropy, *slots
+    found = []
+    for y, kind, thinking, H, *candidates in zip(*(x[0].tolist() for x in columns)):
         found.append(
             {
-                "read": tokenizer.decode([int(y)]),
-                "kind": ("pad", "forced", "token", "mixed")[int(kind)],
-                "thinking": bool(thinking),
-                "entropy": round(entropy, 4),
-                "candidates": [candidate for candidate in texts if candidate[1] > 0],
+                "read": tokenizer.decode([y]),
+                "kind": ("pad", "forced", "token", "mixed")[kind],
+                "thinking": thinking,
+                "entropy": H,
+                "candidates": [[tokenizer.decode([v]), w, p] for v, w, p in zip(*candidates) if w],
             }
         )
     return found
 
 
-def learner(cfg):
-    """What `train` works on: policy, tokenizer, reference, sampler, optimiser. Raises UserError."""
-    require(cfg.chains > 1, f"chains = {cfg.chains}; allowed: 2 or more, for GRPO compares them")
-    device_of(cfg)
-    fresh = cfg.resume or not Path(cfg.out, "config.json").exists()
-    require(fresh, f"out = {cfg.out!r} has a run; allowed: --resume, or another folder")
-    scorer()
-    policy, tokenizer = load_model(cfg, cfg.model or smoke_model(cfg))
-    reference = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_beta else None
-    sampler = copy.deepcopy(policy).requires_grad_(False).to(compute_dtype(policy, cfg))
-    optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, (0.9, 0.99), 1e-8, 0.1, fused=True)
-    return policy, tokenizer, reference, sampler, optimizer
-
-
-def write(cfg, name, text):
-    """A file of the run's folder: written beside and renamed, so that it is there as a whole."""
-    new = Path(cfg.out, f"{name}.new")
-    new.write_text(text)
-    new.rename(Path(cfg.out, name))
-
-
-def load_run(cfg, policy, optimizer):
-    """The state of the run in `out`, with the model and the optimiser loaded, or a new one."""
-    state = {"step": 0, "before": None, "metrics": "", "samples": ""}
-    path = Path(cfg.out, "trainer.pt")
-    if path.exists():
-        with refusing(f"{path} is damaged"):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            policy.load_state_dict(state.pop("model"))
-            optimizer.load_state_dict(state.pop("optimizer"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(cfg, "config.json", json.dumps(asdict(cfg) | {"resume": False}, indent=1))
-    return state
-
-
-def save_run(cfg, state, policy, optimizer):
-    """Writes trainer.pt, which is all that --resume needs."""
-    parts = {"model": policy.state_dict(), "optimizer": optimizer.state_dict()}
-    path = Path(cfg.out, "trainer.pt")
-    with refusing(f"{path} was not written; --resume goes on from the last one"):
-        torch.save(state | parts, path.with_suffix(".new"))
-        path.with_suffix(".new").rename(path)
-
-
-def finish_run(cfg, state, policy, tokenizer, accuracy):
-    """Writes checkpoint and result, and says what can be done with them."""
+def finish(cfg, policy, tokenizer, before, after):
+    """Writes the checkpoint and the result, and says what can be done with them."""
     policy.save_pretrained(f"{cfg.out}/checkpoint")
     tokenizer.save_pretrained(f"{cfg.out}/checkpoint")
-    result = asdict(cfg) | {"accuracy_before": state["before"], "accuracy_after": accuracy}
+    result = asdict(cfg) | {"accuracy_before": before, "accuracy_after": after}
     write(cfg, "result.json", json.dumps(result, indent=1))
-    print(f"{cfg.out}: accuracy {state['before']:.3f} -> {accuracy:.3f}")
+    print(f"{cfg.out}: accuracy {before:.3f} -> {after:.3f}")
     print(f"read it out:  python motg.py eval --model {cfg.out} --method single,{cfg.method}")
     print(f"look at it:   python docs/tools/run_page.py {cfg.out}")
 
@@ -1470,8 +1436,8 @@ def evaluation(*configs):
     for name in found[0]:
         values = [row[name] for row in found]
         if any(value != default.get(name) for value in values):
-            texts = (f"{x:.4g}" if isinstance(x, float) else str(x)[-20:] for x in values)
-            print(f"{name:20}" + "".join(f"{text:>22}" for text in texts))
+            texts = [f"{x:.4g}" if isinstance(x, float) else str(x)[-20:] for x in values]
+            print(f"{name:20}", *(f"{text:>21}" for text in texts))
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     with Path(cfg.out, "eval.jsonl").open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in found)
@@ -1481,40 +1447,36 @@ def evaluation(*configs):
 def configs_of(command, given):
     """A Config for each method. Flags win over the settings of the run in --out or --model, but for
     the methods' own settings where several are read out."""
-    methods, model = given.pop("method", None), Path(given.get("model", ""))
-    out = f"runs/{command}-{methods or 'dirichlet'}-{given.get('seed', 0)}"
-    folder = Path(given.get("out", out))
-    if command == "eval" and "model" in given:
-        folder = model.parent if model.name == "checkpoint" else model
-        if (folder / "checkpoint").exists():  # a run's folder stands for its model
+    names = given.pop("method", "")
+    out = f"runs/{command}-{names or 'dirichlet'}-{given.get('seed', 0)}"
+    folder = Path(given.get("model" if command == "eval" else "out", out))
+    folder = folder.parent if folder.name == "checkpoint" else folder
+    run, configs = {}, []
+    if (folder / "config.json").exists():
+        with refusing(f"{folder}/config.json is damaged"):
+            run = dict(json.loads((folder / "config.json").read_text()))
+        if command == "eval":  # a run's folder stands for its model
             given["model"] = str(folder / "checkpoint")
-    with refusing(f"{folder}/config.json is damaged"):
-        path = folder / "config.json"
-        run = dict(json.loads(path.read_text())) if path.exists() else {}
-        run = {f.name: run[f.name] for f in fields(Config) if f.name in run}
-    names = (methods or run.get("method", "dirichlet")).split(",")
-    require(command == "eval" or len(names) == 1, f"method = {methods!r}; train takes one")
-    theirs, configs = METHODS.get(run.get("method"), {}), []
-    for name in names:
+    names = names or run.get("method", "dirichlet")
+    for name in names.split(",") if command == "eval" else [names]:
         own = METHODS.get(name, {})
-        gone = {} if name == run.get("method") else theirs | own
+        gone = {} if name == run.get("method") else METHODS.get(run.get("method"), {}) | own
         kept = {key: x for key, x in run.items() if key not in gone}
-        flags = {key: x for key, x in given.items() if len(names) == 1 or key not in own}
+        flags = {key: x for key, x in given.items() if "," not in names or key not in own}
         configs.append(make_config(**{"out": out} | kept | flags | {"method": name}))
     return configs
 
 
 def main(argv=None) -> int:
     """The command line; returns the exit status."""
-    help_of = dict(re.findall(r"(\w+): \w+ = .*?  # (.*)", inspect.getsource(Config)))
+    comments = dict(re.findall(r"(\w+): \w+ = .*?  # (.*)", inspect.getsource(Config)))
     parser = argparse.ArgumentParser("motg.py", argument_default=argparse.SUPPRESS)
     parser.error = partial(require, False)  # one line, where argparse would print its usage too
     parser.add_argument("command", choices=("train", "eval"))
     for f in fields(Config):
-        names = sorted({f"--{f.name}", f"--{f.name.replace('_', '-')}"})
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        allowed = "|".join(CHOICES.get(f.name, ()))
-        parser.add_argument(*names, help=f"{help_of[f.name]} {allowed} [{f.default}]", **kind)
+        flags = {f"--{f.name}": 0, f"--{f.name.replace('_', '-')}": 0}
+        parser.add_argument(*flags, help=f"{comments[f.name]} [{f.default}]", **kind)
     try:
         given = vars(parser.parse_args(argv))
         command = given.pop("command")
