@@ -586,12 +586,14 @@ class Decoder:
 def captured(step, generator):
     """`step` as one CUDA graph: capturing records what it does, and does not run it."""
     graph = torch.cuda.CUDAGraph()
-    if generator is not None:
-        graph.register_generator_state(generator)
+    graph.register_generator_state(generator)
+    before = {g: g.clone_state() for g in (generator, *torch.cuda.default_generators)}
     try:
         with torch.cuda.graph(graph):
             step()
     except Exception as e:  # noqa: BLE001  (some models read a value at each step)
+        for g, state in before.items():  # a capture that fails leaves them unusable
+            g.graphsafe_set_state(state)
         print(f"motg: goes on without a CUDA graph, slower: {first_line(e)}", file=sys.stderr)
         return step
     return graph.replay
@@ -605,6 +607,8 @@ def rollout(model, tokenizer, prompts, cfg, generator=None) -> Rollout:
     how = {"padding": True, "padding_side": "left", "add_special_tokens": False}
     batch = tokenizer(prompts, **how, return_tensors="pt").to(model.device)
     ids, mask = batch.input_ids, batch.attention_mask.bool()  # (n, P)
+    if generator is None:  # torch.manual_seed decides
+        generator = torch.Generator(ids.device).manual_seed(torch.randint(2**62, ()).item())
     with torch.no_grad() if ids.is_cuda else torch.inference_mode():  # which graphs cannot take
         decoder = Decoder(model, tokenizer, ids, mask, cfg, generator)
         step, rows = decoder.step, decoder.rows
@@ -1175,7 +1179,7 @@ def check_model(model):
     ids = torch.arange(10, device=model.device)[None] % config.vocab_size  # (1, 10)
     out = read_prompts(model, ids, ids >= 0, transformers.DynamicCache(config=config))
     got, want = head(out.last_hidden_state), model(ids).logits
-    same = full and torch.allclose(want, got, atol=1e-2, rtol=1e-2)
+    same = full and (got - want).norm() < 0.1 * want.norm()  # bf16 rounds by about 0.01
     require(same, f"{type(model).__name__}; allowed: full attention, unscaled embeddings and head")
     model.motg_checked = True
 

@@ -1,13 +1,17 @@
-"""All that can happen on a vocabulary of five tokens, enumerated without motg's code.
+"""What motg.py should give, computed without its code: for the tests, and for bias.py.
 
-`trajectories` walks the tree of a rollout's outcomes with transformers' plainest attention: each has
-its probability as a function of the parameters. So expected rewards and their gradients are sums,
-and motg's samples, scores and gradients can be held against them. The tests and bias.py use it.
+`trajectories` walks the tree of all that can happen in a rollout on a vocabulary of five tokens,
+with transformers' plainest attention: each outcome has its probability as a function of the
+parameters. So expected rewards and their gradients are sums, and motg's samples, scores and
+gradients can be held against them. `logprobs` scores any rollout row by row and step by step,
+from the papers' formulas.
 """
 
 import copy
 import math
+import re
 import sys
+from collections import Counter
 from itertools import permutations, product
 from pathlib import Path
 
@@ -16,14 +20,16 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import motg  # noqa: E402
+import motg
 
 DRAWN = ("without-replacement", "with-replacement")
 THINK = "</think>"
+STOPS = ("<eos>", "<end>")  # what ends a row
+INF = math.inf
 
 
 # ----------------------------------------------------------------------- models and tokenizers
-def tokenizer_of(pieces, merges=(), special=("<eos>", "<end>")):
+def tokenizer_of(pieces, merges=(), special=STOPS):
     """Byte-level BPE with these tokens and no others."""
     vocab = {piece: i for i, piece in enumerate(pieces.split())}
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=list(merges)))
@@ -33,6 +39,10 @@ def tokenizer_of(pieces, merges=(), special=("<eos>", "<end>")):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
 
 
+# Pieces of the tag cut in many ways, tokens that swallow what follows it, two kinds of EOS.
+PIECES = "< / > t h i n k a b c Ċ </ th in thin think >Ċ </think a> << b</think>a k></th think><"
+MERGES = [("<", "/"), ("t", "h"), ("i", "n"), ("th", "in"), ("thin", "k"), (">", "Ċ")]
+SMALL = tokenizer_of(f"{PIECES} ></think", MERGES)
 FIVE = tokenizer_of("a b c", special=("<eos>", "</think>"))
 PARTS = tokenizer_of("a b", special=("<eos>", "</", "think>"))  # the tag is two tokens
 
@@ -57,8 +67,30 @@ def random_model(tokenizer, family="Qwen2", seed=3, head=1.0, **settings):
     kind = getattr(transformers, f"{family}Config")(**shape | settings)
     model = getattr(transformers, f"{family}ForCausalLM")(kind).eval()
     model.lm_head.weight.data.mul_(head)
-    stops = [i for token, i in tokenizer.get_vocab().items() if token in ("<eos>", "<end>")]
+    stops = [i for token, i in tokenizer.get_vocab().items() if token in STOPS]
     model.generation_config.eos_token_id = stops
+    return model
+
+
+def bigram(tokenizer, follow):
+    """A model whose next token depends on the last alone: `follow` is {token: {next: p}}."""
+    model, ids = random_model(tokenizer), tokenizer.convert_tokens_to_ids
+    model.model.layers[0].self_attn.o_proj.weight.data.zero_()
+    model.model.layers[0].mlp.down_proj.weight.data.zero_()
+    model.model.embed_tokens.weight.data.copy_(torch.eye(len(tokenizer), 32))
+    model.lm_head.weight.data.fill_(-30 / 32**0.5)  # a one-hot state is normed to sqrt(32)
+    for last, nexts in follow.items():
+        for token, p in nexts.items():
+            model.lm_head.weight.data[ids(token), ids(last)] = math.log(p) / 32**0.5
+    return model
+
+
+def deaf(tokenizer, p):
+    """A model that says the same behind any input: `p` is {token: probability}."""
+    token = next(iter(p))
+    model = bigram(tokenizer, {token: p})
+    table = model.model.embed_tokens.weight.data
+    table[:] = table[tokenizer.convert_tokens_to_ids(token)].clone()
     return model
 
 
@@ -69,7 +101,65 @@ def eager(model):
     return twin
 
 
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+CHATML += "{% endfor %}{{ '<|im_start|>assistant\n' }}"
+NO_SYSTEM = "{{ raise_exception('no such role') if messages[0].role == 'system' }}" + CHATML
+THINKING = "{{ messages[-1].content }}\n<think>\n"
+
+
+def byte_tokenizer(template=CHATML):
+    """A token for each byte, and two special ones."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bpe = tokenizers.ByteLevelBPETokenizer({byte: i for i, byte in enumerate(alphabet)}, [])
+    bpe.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    how = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": template}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **how)
+
+
+def save_model(folder, template=CHATML):
+    """A folder as from the hub: a random model of two layers and its tokenizer."""
+    tokenizer = byte_tokenizer(template)
+    tokenizer.save_pretrained(folder)
+    how = {"num_hidden_layers": 2, "max_position_embeddings": 1024}
+    model = random_model(tokenizer, seed=0, **how)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    return str(folder)
+
+
 # --------------------------------------------------------------------------- what a step can do
+def seeded(n):
+    return torch.Generator().manual_seed(n)
+
+
+def flat(tensors):
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def relative_error(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+def assert_law(outcomes, law):
+    """Observed outcomes against {outcome: probability}; those that are expected less than ten times
+    count as one.
+
+    A chi-square statistic with d degrees of freedom exceeds d + 2 sqrt(20 d) + 40 with odds below
+    e^-20 = 2e-9 (Laurent and Massart 2000).
+    """
+    seen, cells = Counter(outcomes), {}  # {outcome: (times seen, times expected)}
+    assert set(seen) <= set(law) and abs(sum(law.values()) - 1) < 1e-4
+    for outcome, p in law.items():
+        expected = float(p) * seen.total()
+        cell = outcome if expected >= 10 else "rare"
+        before = cells.get(cell, (0, 0.0))
+        cells[cell] = (before[0] + seen[outcome], before[1] + expected)
+    if cells.get("rare", (0, 10.0))[1] < 10:
+        cells.pop("rare")
+    chi2 = sum((count - expected) ** 2 / expected for count, expected in cells.values())
+    assert chi2 <= len(cells) + 2 * math.sqrt(20 * len(cells)) + 40
+
+
 def law_of(p, k, replace):
     """{ordered candidates: probability} of k draws from p; without replacement, Plackett-Luce."""
     can = [v for v in range(len(p)) if p[v] > 0]
@@ -111,6 +201,10 @@ def likeliest(p, cfg):
     return tuple(kept)
 
 
+def ends_thought(text, word):
+    return word in STOPS or THINK in text + word
+
+
 def overlap(text):
     """How much of the tag a text ends with; all of it where the text holds it."""
     if THINK in text:
@@ -122,7 +216,7 @@ def outcomes(p, cfg, t, text, words):
     """[(probability, tokens, weights, token read, kind)] of all that can happen at step t of a
     thought of this text, given p over the tokens `words`; those with the same future are one."""
     one = torch.ones(1)
-    ends = [v for v, word in enumerate(words) if word == "<eos>" or THINK in text + word]
+    ends = [v for v, word in enumerate(words) if ends_thought(text, word)]
     if cfg.end == "most-likely" and p.argmax() in ends:
         return [(one[0], (int(p.argmax()),), one, int(p.argmax()), motg.FORCED)]
     q = p.clone()
@@ -218,10 +312,118 @@ def by_hand(sample, found, k):
 
 def what_happened(r, cfg):
     """For each row a key, which two rows share if and only if they are the same trajectory."""
-    filled = (r.log_weights > -motg.INF) & r.mask[..., None]
-    keys = r.tokens.masked_fill(~filled, -1).sort(-1).values  # (B, T, k)
+    filled = (r.log_weights > -INF) & r.mask[..., None]
+    keys = r.tokens.masked_fill(~filled, -1)  # (B, T, k)
     after = r.tag.after[r.matched, r.representative]  # (B, T)
     if cfg.aggregation == "posterior":  # the token read has made the weights
         after = r.representative
     keys = torch.cat([keys, after.masked_fill(~r.mask, -1)[..., None]], -1)
     return [tuple(key) for key in keys.flatten(1).tolist()]
+
+
+# ------------------------------------------------------------- any rollout, row by row
+def words_of(model, tokenizer):
+    """The texts of a model's tokens; it may have more than its tokenizer."""
+    words = [tokenizer.decode([v]) for v in range(len(tokenizer))]
+    return words + [""] * (model.config.vocab_size - len(words))
+
+
+def score_by_hand(log_p, tokens, log_w, read, text, words, cfg):
+    """The log-prob of a mixture, from the papers' formulas: log_p (V,) in double precision, its
+    filled slots, the token read, and the text of the thought before it."""
+    if cfg.logprob == "representative":
+        return log_p[read]
+    if cfg.logprob == "weighted":
+        return (log_w.exp() * log_p[tokens]).sum()
+    on = [v for v, word in enumerate(words) if not ends_thought(text, word)]
+    score = log_p[on].logsumexp(0)  # log(1 - p_end)
+    log_q = log_p[tokens] - score  # log p' of the candidates
+    log_hat = log_q.log_softmax(0)
+    if cfg.sampling in DRAWN:
+        struck = 0.0 if cfg.sampling == "with-replacement" else log_q.exp().cumsum(0) - log_q.exp()
+        score = score + log_q.sum() - torch.log1p(-torch.as_tensor(struck)).sum()
+    elif cfg.aggregation != "gumbel":  # what depends on which candidate is read?
+        share = {"dirichlet": log_w, "uniform": 0 * log_hat}.get(cfg.aggregation, log_hat)
+        future = [v if cfg.aggregation == "posterior" else overlap(text + words[v]) for v in tokens]
+        of_read = read if cfg.aggregation == "posterior" else overlap(text + words[read])
+        alike = torch.tensor([x == of_read for x in future])
+        score = score + share.log_softmax(0)[alike].logsumexp(0)
+    n, tau = len(tokens), cfg.gumbel_tau
+    if cfg.aggregation == "dirichlet":
+        a = cfg.concentration * log_hat.exp().clamp(min=1e-5)
+        score = score + ((a - 1) * log_w - a.lgamma()).sum() + a.sum().lgamma()
+    if cfg.aggregation == "gumbel":
+        score = score + math.lgamma(n) + (n - 1) * math.log(tau) - log_w.sum()
+        score = score + (log_hat - tau * log_w).log_softmax(0).sum()
+    return score
+
+
+def distributions(model, tokenizer, r, cfg):
+    """(row, step, text before it, log p) of all steps of a Rollout: row by row, without padding,
+    cache or chunks."""
+    words = words_of(model, tokenizer)
+    table = model.get_input_embeddings().weight
+    for b, n in enumerate(r.mask.sum(1).tolist()):
+        w, vectors, text = r.log_weights[b, :n].exp()[..., None], table[r.tokens[b, :n]], ""
+        mixed = (w * vectors).sum(1)  # (n, d)
+        if cfg.aggregation == "max":
+            mixed = vectors.masked_fill(w == 0, -INF).amax(1)
+        x = torch.cat([table[r.prompt_ids[b][r.prompt_mask[b]]], mixed])
+        z = model(inputs_embeds=x[None]).logits[0, -n - 1 : -1].double()  # (n, V)
+        for t, read in enumerate(r.representative[b, :n].tolist()):
+            thinks = THINK not in text
+            T = cfg.temperature if thinks else cfg.answer_temperature or cfg.temperature
+            log_p = (z[t] / T).log_softmax(-1)
+            if thinks and cfg.end == "most-likely":
+                ends = torch.tensor([ends_thought(text, word) for word in words])
+                log_p = log_p.masked_fill(ends, -INF).log_softmax(-1)
+            yield b, t, text, log_p
+            text += words[read]
+
+
+def logprobs(model, tokenizer, r, cfg):
+    """What rollout_logprobs should give, (B, T)."""
+    words = words_of(model, tokenizer)
+    scores = torch.zeros(r.mask.shape).double()
+    for b, t, text, log_p in distributions(model, tokenizer, r, cfg):
+        read = int(r.representative[b, t])
+        if r.kind[b, t] == motg.TOKEN:
+            scores[b, t] = log_p[read]
+        if r.kind[b, t] == motg.MIXED:
+            i = r.log_weights[b, t] > -INF
+            step = r.tokens[b, t][i], r.log_weights[b, t][i].double(), read
+            scores[b, t] = score_by_hand(log_p, *step, text, words, cfg)
+    return scores.float()
+
+
+def check_rollout(r, tokenizer, cfg):
+    """What holds of every rollout: lengths, kinds, the end of a thought, what mixtures hold."""
+    (B, T), n, filled = r.mask.shape, r.mask.sum(1), r.log_weights > -INF
+    assert r.tokens.shape == r.log_weights.shape == (B, T, cfg.k) and len(r.texts) == B
+    assert torch.equal(r.mask, torch.arange(T) < n[:, None])
+    assert torch.equal(r.mask, r.kind != motg.PAD) and not (r.thinking & ~r.mask).any()
+    assert torch.equal(r.sampled, (r.kind == motg.TOKEN) | (r.kind == motg.MIXED))
+    assert torch.equal(r.mixed, r.kind == motg.MIXED)
+    assert r.logprob.isfinite().all() and (r.logprob[~r.sampled] == 0).all()
+    assert torch.equal(r.prompt, torch.arange(B) // cfg.chains)
+    assert ((r.tokens == r.representative[..., None]) & filled).any(-1)[r.mask].all()
+    assert (filled.sum(-1) == 1)[~r.mixed].all()  # all else is one-hot
+    words = [tokenizer.decode([v]) for v in range(len(tokenizer))]
+    gate = (r.entropy >= cfg.mix_entropy) & (torch.arange(T) < (cfg.mix_steps or T))
+    gate &= cfg.k > 1 or cfg.sampling not in DRAWN
+    for b in range(B):
+        text, kinds = "", r.kind[b].tolist()
+        for t, y in enumerate(r.representative[b, : n[b]].tolist()):
+            thinks, ends = THINK not in text, ends_thought(text, words[y])
+            assert r.thinking[b, t] == thinks and r.matched[b, t] == overlap(text)
+            if kinds[t] == motg.MIXED:  # a mixture never holds an ending token
+                held = [words[v] for v in r.tokens[b, t][filled[b, t]].tolist()]
+                assert thinks and gate[b, t] and not any(ends_thought(text, x) for x in held)
+            elif kinds[t] == motg.FORCED:
+                assert thinks and cfg.end != "drawn" and (ends or cfg.end != "most-likely")
+            else:  # an ordinary token: an answer's, an end, or where the gate is closed
+                assert not thinks or not gate[b, t] or ends and cfg.end != "most-likely"
+            text += words[y]
+        ended = text.endswith(STOPS)
+        assert r.eos[b].sum() == ended and (ended or n[b] == cfg.max_new_tokens)
+        assert r.texts[b] == re.sub("<eos>$|<end>$", "", text)
