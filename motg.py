@@ -1034,7 +1034,8 @@ def problems(cfg, tokenizer, stream, items, test):
     seen, found = set(), False
     for i in (stream * 10**9 + item for item in items):
         random.seed(i)  # list_functions draws from the global generator
-        entry = dataset(cfg.task, i // 500 * 500, cfg.task_settings)[i % 500]
+        with refusing(f"task {cfg.task!r} cannot be made"):
+            entry = dataset(cfg.task, i // 500 * 500, cfg.task_settings)[i % 500]
         digest = hashlib.sha256(entry["question"].encode()).hexdigest()
         if (int(digest, 16) % 10 == 0) == test and digest not in seen:
             seen.add(digest)
@@ -1146,7 +1147,7 @@ def score(task, answer, entry) -> float:
     if answer is None:
         return 0.0
     pipe, verdict = scorer()[1], "died"
-    task = entry["metadata"].get("source_dataset", task)
+    task = entry["metadata"]["source_dataset"] if task == "composite" else task
     module = reasoning_gym.factory.DATASETS[task][0].__module__
     try:
         with suppress(EOFError, OSError):  # the kernel has ended it
@@ -1366,6 +1367,7 @@ def begin(cfg):
             policy.load_state_dict(run.pop("model"))
             optimizer.load_state_dict(run.pop("optimizer"))
     sampler = copy.deepcopy(policy).requires_grad_(False).to(compute_dtype(policy, cfg))
+    train_problem(cfg, tokenizer, 0)
     test_problems(cfg, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     write(cfg, "config.json", json.dumps(asdict(cfg) | {"resume": False}, indent=1))
@@ -1440,7 +1442,8 @@ def evaluation(*configs):
     for name in found[0]:
         values = [row[name] for row in found]
         if any(value != default.get(name) for value in values):
-            texts = [f"{x:.4g}" if isinstance(x, float) else str(x)[-20:] for x in values]
+            last = [x[-1] if isinstance(x, list) and x else x for x in values]  # the last layer's
+            texts = [f"{x:.4g}" if isinstance(x, float) else str(x)[-20:] for x in last]
             print(f"{name:20}", *(f"{text:>21}" for text in texts))
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     with Path(cfg.out, "eval.jsonl").open("a") as file:
@@ -1459,8 +1462,9 @@ def configs_of(command, given):
     if (folder / "config.json").exists():
         with refusing(f"{folder}/config.json is damaged"):
             run = dict(json.loads((folder / "config.json").read_text()))
-        if command == "eval":  # a run's folder stands for its model
+        if command == "eval" and "method" in run:  # a run's folder stands for its model
             given["model"] = str(folder / "checkpoint")
+    run = run if "method" in run else {}  # else it is a model's own
     names = names or run.get("method", "dirichlet")
     for name in names.split(",") if command == "eval" else [names]:
         own = METHODS.get(name, {})
