@@ -1244,7 +1244,7 @@ WORDS = [ASKED, "easy", TAG, " <answer>", "</answer>", " + ", " - ", " = ", ", "
 WORDS += map(str, range(100))
 
 
-def small_model(words):
+def small_model(words, seed):
     """A random Qwen2 of half a million parameters, and a byte-level tokenizer with these words."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     bpe = tokenizers.ByteLevelBPETokenizer({c: i for i, c in enumerate(alphabet)}, [])
@@ -1255,7 +1255,7 @@ def small_model(words):
         pad_token="<|endoftext|>",
         chat_template="{{ messages[-1].content }}\n<think>\n",  # without the system's turn
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     shape = transformers.Qwen2Config(
         vocab_size=len(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
@@ -1272,10 +1272,10 @@ def small_model(words):
 def warm_start(cfg, words=WORDS, demonstrate=demonstrate_sum, steps=500, batch=64, lr=2e-3):
     """A small model and its tokenizer, trained in about a minute on the thoughts and answers that
     demonstrate(entry, rng) gives for problems of cfg.task. Each of `words` is one token."""
-    model, tokenizer = small_model(words)
+    model, tokenizer = small_model(words, cfg.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    stream, rng = problems(cfg, tokenizer, 1, range(10**9), test=False), random.Random(0)
+    stream, rng = problems(cfg, tokenizer, 1, range(10**9), test=False), random.Random(cfg.seed)
     for _ in tqdm(range(steps), desc="warm start", leave=False, disable=None):
         part = list(islice(stream, batch))
         texts = [prompt + demonstrate(entry, rng) for _, entry, prompt in part]
