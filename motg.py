@@ -1111,10 +1111,10 @@ def score_forever(pipe):
     while True:
         module, task, answer, entry = pipe.recv()
         verdict = "raised"
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)  # SIGALRM's default action ends a process
         with suppress(BaseException):  # SystemExit too
             importlib.import_module(module)  # where a task of your own registers itself
             data = dataset(task, 0, entry["metadata"].get("task_settings", "{}"))
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)  # SIGALRM's default action: the end
             ok = harmless(task, answer, entry)
             verdict = float(data.score_answer(answer, entry)) if ok else "refused"
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -1464,7 +1464,8 @@ def configs_of(command, given):
             run = dict(json.loads((folder / "config.json").read_text()))
         if command == "eval" and "method" in run:  # a run's folder stands for its model
             given["model"] = str(folder / "checkpoint")
-    run = run if "method" in run else {}  # else it is a model's own
+        elif command == "eval":  # it is a model's own
+            run = {}
     names = names or run.get("method", "dirichlet")
     for name in names.split(",") if command == "eval" else [names]:
         own = METHODS.get(name, {})

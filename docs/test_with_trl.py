@@ -116,7 +116,7 @@ def main(argv):
 def model(tmp_path_factory):
     """A random model of which many tokens end a row, so that rows have different lengths."""
     folder = tmp_path_factory.mktemp("model")
-    model, tokenizer = motg.small_model(motg.WORDS)
+    model, tokenizer = motg.small_model(motg.WORDS, 0)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(60)]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -183,7 +183,7 @@ def words(count, max_value):
 
 def small_model(count, max_value, width=128, seed=0):
     """motg's small model, three layers and four heads, in another width; and its tokenizer."""
-    model, tokenizer = motg.small_model(words(count, max_value))
+    model, tokenizer = motg.small_model(words(count, max_value), seed)
     shape = model.config.to_dict() | {"hidden_size": width, "intermediate_size": 2 * width}
     torch.manual_seed(seed)
     return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape)), tokenizer

@@ -50,7 +50,7 @@ def test_no_answer_runs_code_or_hangs(here):
                 assert isinstance(value, float) and 0 <= value < 1, (task, answer[:80], value)
                 assert time.perf_counter() - began < 4, (task, answer[:80])
             assert motg.score(task, right, entry) == 1.0 and not list(here.iterdir()), task
-    assert motg.counts["died"] <= 20  # nearly all are refused before
+    assert motg.counts["died"] <= 60  # nearly all are refused before
     tests.new_child()
 
 

@@ -267,7 +267,7 @@ def test_the_script_is_javascript(tmp_path):
 def small(tmp_path_factory):
     """The folder of a small random model."""
     folder = tmp_path_factory.mktemp("small")
-    for part in motg.small_model(motg.WORDS):
+    for part in motg.small_model(motg.WORDS, 0):
         part.save_pretrained(folder)
     return str(folder)
 
