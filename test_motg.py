@@ -31,6 +31,7 @@ from pathlib import Path
 from unittest import mock
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = dict(os.environ)  # before motg is imported
 
 import pytest
 import reasoning_gym
@@ -230,7 +231,7 @@ def test_exact_density_of_drawn_weights_against_torch_distributions(x):
             assert torch.allclose(got, want + order, atol=1e-4)
 
 
-@cases("how", [{"aggregation": "dirichlet"}, {"aggregation": "gumbel"}, {"sampling": DRAWN[0]}])
+@cases("how", [{}, {"aggregation": "gumbel"}, *({"sampling": sampling} for sampling in DRAWN)])
 @cases("logprob", LOGPROBS)
 def test_empty_slots_change_nothing_and_one_filled_slot_is_an_ordinary_token(logprob, how):
     if "sampling" not in how:
@@ -807,16 +808,13 @@ def test_a_template_that_opens_the_thought_is_left_as_it_is(end):
 
 
 # ------------------------------------------------------------------------------ answers and rewards
-ANSWERS = [
-    ("1</think> <answer>2</answer>", "2"),
-    ("t</think>\n<answer>\n1 2\n3</answer>", "1 2\n3"),
-]
+ANSWERS = [("1</think> <answer>2</answer>", "2"), ("t</think>2</answer>", None)]
+ANSWERS += [("t</think>\n<answer>\n1 2\n3\n</answer>", "1 2\n3")]
 ANSWERS += [("t</think><answer>1</answer> no <answer> 2 </answer> bye", "2"), ("", None)]
 ANSWERS += [("t</think><answer>1<answer>2</answer>", "2"), ("t</think><answer>2", None)]
 ANSWERS += [("t<answer>0</answer></think><answer></answer>", ""), ("42", None)]
 ANSWERS += [("t</think>a</think><answer>3</answer>", "3"), ("<answer>7</answer>", None)]
 ANSWERS += [("<answer>1</answer></think> so 2", None), ("t</think></answer><answer>", None)]
-ANSWERS += [("t</think>2</answer>", None)]
 
 
 @cases("text, answer", ANSWERS)
@@ -975,7 +973,7 @@ def test_a_script_without_a_guard_scores_a_task_of_its_own_and_importing_changes
     """The script has no `if __name__ == "__main__":`, and its task is in a module beside it."""
     Path("sevens.py").write_text(OWN_TASK)
     Path("script.py").write_text(SCRIPT)
-    how = {"capture_output": True, "text": True, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    how = {"capture_output": True, "text": True, "env": ENVIRONMENT | {"PYTHONPATH": str(ROOT)}}
     done = subprocess.run([sys.executable, "script.py"], check=False, **how)
     assert done.stdout == "[1.0, 0.25]\n", done.stderr  # once: the child does not run it again
 
@@ -1205,12 +1203,10 @@ def goes_on(run, straight):
     return goes_on
 
 
-@cases("when", ["at once", "after a checkpoint"])
-def test_a_killed_program_leaves_no_process_and_goes_on_to_the_same_bits(when, folder, goes_on):
+def test_a_killed_program_leaves_no_process_and_goes_on_to_the_same_bits(folder, goes_on):
     command = [sys.executable, motg.__file__, *RUN.split(), folder, "--resume"]
     trainer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    time.sleep(1.0)
-    while when != "at once" and not Path("out/trainer.pt").exists():
+    while not Path("out/trainer.pt").exists():
         assert trainer.poll() is None, trainer.stdout.read()
         time.sleep(0.005)
     trainer.kill()
@@ -1264,8 +1260,11 @@ def test_a_run_killed_before_any_of_its_renames_goes_on(killed, goes_on):
 
 
 def test_a_run_killed_at_20_random_moments_goes_on(killed, goes_on, straight):
-    for _ in range(20):  # the first moments of a run among them
-        assert killed(seconds=random.uniform(0, 0.5)) in (0, -signal.SIGKILL)
+    began = time.perf_counter()
+    assert killed() == 0  # it is not, to see how long a run takes
+    seconds = time.perf_counter() - began
+    for _ in range(20):
+        assert killed(seconds=random.uniform(0, seconds)) in (0, -signal.SIGKILL)
         if Path("out/result.json").exists():
             assert outcome() == straight
             shutil.rmtree("out")

@@ -36,8 +36,10 @@ torch.gpu.get_amp_supported_dtype = lambda: [torch.bfloat16]
 torch.__future__.set_overwrite_module_params_on_conversion(True)  # model.to makes new parameters
 torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(data, device) makes a copy, as on CUDA
 
-COPIES = ("_to_copy", "copy_")  # these may cross from one device to the other
-READS = ("nonzero", "masked_select", "unique_consecutive", "_local_scalar_dense")  # of values
+# These may cross from one device to the other, and those read values. (CUDA would copy an index of
+# the host as well; here that is a mistake, for it waits.)
+COPIES = ("_to_copy", "copy_")
+READS = ("nonzero", "masked_select", "unique_consecutive", "multinomial", "_local_scalar_dense")
 
 
 # ----------------------------------------------------------------------------- the pretended device

@@ -1,11 +1,12 @@
 """How fast, how small: what motg's sampling and training take on this machine.
 
-    python docs/bench.py decode --shape small,0.5b --rounds 3
+    python docs/experiments/bench.py decode --shape small,0.5b --rounds 3
 
 Random weights of a shape are measured (nothing is downloaded), or those in a folder that --shape
 names. Whatever is compared takes turns, round after round, so that a disturbance meets all of it.
 A number is the median over the rounds, behind it the smallest and the largest; a ratio is taken
-within each round. Rows are kept in docs/bench.json, where a repeated measurement replaces the old.
+within each round. Rows are kept in docs/experiments/results/bench.json, where a repeated
+measurement replaces the old.
 
     decode   rollouts beside transformers' `generate`: same batch, prompt, length, dtype, vocabulary
     mixing   what a method adds to a step: choosing a mixture, embedding it, its log-probability
@@ -36,8 +37,8 @@ import torch
 import transformers
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import motg  # noqa: E402  (it lies beside this folder)
+sys.path.insert(0, str(HERE.parents[1]))
+import motg  # noqa: E402
 
 transformers.utils.logging.set_verbosity_error()
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
@@ -54,7 +55,7 @@ SHAPES = {
 
 
 def build(name, a, precision="fp32"):
-    """A model and a tokenizer in which no row ends by itself: the only EOS id is -1.
+    """A model and a tokenizer in which no row ends by itself: there is no EOS.
 
     A step of motg is the same work in a thought and in an answer, so it does not matter where the
     thoughts of random weights happen to end.
@@ -70,7 +71,7 @@ def build(name, a, precision="fp32"):
     else:
         model, tokenizer = motg.load_model(motg.make_config(device=a.device), name)
     tokenizer.eos_token = None
-    model.generation_config.eos_token_id = -1
+    model.generation_config.eos_token_id = []
     model.generation_config.pad_token_id = 0
     return model.to(torch.bfloat16 if precision == "bf16" else torch.float32), tokenizer
 
@@ -89,6 +90,7 @@ def generate(model, tokenizer, a, n):
     ids = tokenizer.encode(a.prompt * "a", add_special_tokens=False)
     ids = torch.tensor([ids] * a.chains, device=model.device)
     how = {"do_sample": True, "temperature": motg.Config.temperature, "top_k": 0, "top_p": 1.0}
+    how["eos_token_id"] = -1  # no token's
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, **how)
     assert out.shape[1] == a.prompt + n, "a row ended early, or the prompt is not --prompt tokens"
 
@@ -240,7 +242,7 @@ def whole_logprobs(model, r, cfg):
     embeds = torch.cat([table[r.prompt_ids], steps], dim=1)  # (B, P + T, d)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
         logits = model(inputs_embeds=embeds, logits_to_keep=T + 1).logits[:, :-1]  # (B, T, V)
-        return motg.mixture_logprob(logits, r.tokens, r.log_weights, r.representative, cfg)
+        return motg.step_logprob(logits, r.steps, r.tag, cfg)
 
 
 def gradient(a, name, method, passes=0, logprobs=motg.rollout_logprobs):
@@ -285,7 +287,7 @@ class Learner:
         self.optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, **how)
 
     def update(self, experience):
-        r, advantages, _ = experience
+        r, advantages, *_ = experience
         motg.update(self.policy, self.reference, self.optimizer, r, advantages, self.cfg, 0.0)
         if self.sampler is not self.policy:  # what samples is loaded anew
             self.sampler.load_state_dict(self.policy.state_dict())
@@ -390,7 +392,9 @@ def main():
     parser.add_argument("--precision", help="fp32 or bf16; step takes both, with a comma")
     parser.add_argument("--methods", default="single,dirichlet", help="of decode, with commas")
     parser.add_argument("--note", default="", help="kept with the numbers, such as 'busy machine'")
-    parser.add_argument("--json", type=Path, default=HERE / "bench.json", help="where to keep them")
+    parser.add_argument(
+        "--json", type=Path, default=HERE / "results/bench.json", help="where to keep them"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     for name in SMALL:

@@ -1,6 +1,6 @@
-"""A second world for docs/evidence.py: ways through a grid, where several are open at once.
+"""A second world for evidence.py: ways through a grid, where several are open at once.
 
-motg's own smoke mode and warm start, on Reasoning-Gym's `shortest_path` (4 x 4 cells) and on other
+motg's smoke mode and warm start on Reasoning-Gym's `shortest_path` (4 x 4 cells) with other
 demonstrations. A thought names the cells of a way, one token each, an answer its directions. Where
 two ways are equally short the next cell is a toss-up that a mixture need not decide: its next input
 stands for both. No answer is right for many grids ("infeasible", the commonest, for one in ten).
@@ -8,11 +8,9 @@ stands for both. No answer is right for many grids ("infeasible", the commonest,
 
 import sys
 from pathlib import Path
-from unittest import mock
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import motg  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import motg
 
 SIDE = 4
 MOVES = {"right": (0, 1), "down": (1, 0), "left": (0, -1), "up": (-1, 0)}
@@ -58,7 +56,7 @@ def way(matrix, rng, walls="X"):
     return cells, moves
 
 
-def demonstration(entry, rng):
+def demonstrate(entry, rng):
     """Thought and answer: a third finds a way, a third walks through walls, a third guesses."""
     matrix, habit = entry["metadata"]["matrix"], rng.choice(["find", "walls", "guess"])
     cells, moves = way(matrix, rng, walls="X" if habit == "find" else "")
@@ -68,16 +66,11 @@ def demonstration(entry, rng):
     return f"{thought}{motg.TAG} <answer>{answer}</answer><|im_end|>"
 
 
-def world(folder):
-    """A context in which motg's smoke mode is this world, from the base model in `folder`."""
-    smoke = motg.SMOKE | {"task": "shortest_path", "task_settings": SETTINGS, "model": str(folder)}
-    return mock.patch.multiple(motg, SMOKE=smoke, WORDS=words(), demonstration=demonstration)
-
-
 def make_base(folder):
     """The warm-started model, in about a minute, unless it is there."""
     if not (folder / "done").exists():
-        with world(folder):
-            for part in motg.warm_start():
-                part.save_pretrained(folder)
+        cfg = motg.make_config(smoke=True, task="shortest_path", task_settings=SETTINGS)
+        for part in motg.warm_start(cfg, words(), demonstrate):
+            part.save_pretrained(folder)
         (folder / "done").touch()
+    return folder

@@ -1,12 +1,14 @@
 """A real model: SmolLM2-135M-Instruct trained by three methods on four Reasoning-Gym tasks.
 
-    python docs/real.py --jobs 2                             all runs on a CPU, one thread each
-    python docs/real.py --only gcd --seeds 1 --model FOLDER  some of them, weights from a folder
+    python docs/experiments/real.py --jobs 2             all runs on a CPU, one thread each
+    python docs/experiments/real.py --only gcd --seeds 1 --model FOLDER    some of them
 
 A run is a task, a method and a seed. It trains, is read out by every method on the same held-out
-problems, and leaves docs/results/real/TASK-METHOD.SEED.json; TASK.json has the untrained model's
-read-outs. What is there is not repeated; a run that was cut off goes on from its checkpoint in
-runs/real. docs/real.md's tables and docs/real.png are drawn from these files by docs/plot.py.
+problems, and leaves docs/experiments/results/real/TASK-METHOD.SEED.json; TASK.json has the
+untrained model's read-outs. What is there is not repeated (today's files are the first edition's,
+of commit e556bde: --results names another folder); a run that was cut off goes on from its
+checkpoint in runs/real. A run takes 8 to 13 minutes. docs/real.md's tables and its figure are drawn
+from these files by plot.py.
 """
 
 import argparse
@@ -20,13 +22,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from evidence import CURVES, about, save
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(ROOT)]
+from evidence import about, curves_of, save  # noqa: E402
+
 import motg  # noqa: E402
 
-RESULTS, RUNS = HERE / "results/real", HERE.parent / "runs/real"
+RUNS = ROOT / "runs/real"
 METHODS = ("single", "dirichlet", "different-tokens")
 GCD = {"task_settings": '{"max_numbers": 2, "min_value": 2, "max_value": 30}', "max_new_tokens": 56}
 LETTERS = {"task_settings": '{"min_words": 3, "max_words": 5}'}
@@ -76,17 +80,15 @@ def read_out(model, tokenizer, cfg):
     generator.manual_seed(cfg.seed)
     right, means, answers, samples = [], Counter(), Counter(), []
     for part in [tests[i : i + 16] for i in range(0, len(tests), 16)]:
-        r = motg.rollout(model, tokenizer, [prompt for *_, prompt in part], cfg, generator)
-        of_chains = [problem for problem in part for _ in range(cfg.chains)]
-        parts = motg.rewards(of_chains, r.texts)
+        r, parts = motg.attempt(model, tokenizer, part, cfg, generator)
         right += torch.tensor([p["correct"] for p in parts]).view(-1, cfg.chains).sum(1).tolist()
         probes = motg.step_probes(r) | {"format": sum(p["format"] for p in parts) / len(parts)}
         means.update({key: x * len(part) / len(tests) for key, x in probes.items()})
         answers.update(motg.extract_answer(text) for text in r.texts)
         for row in range(0, len(r.mask), 4 * cfg.chains):
-            shown = {"answer": of_chains[row][1]["answer"], "correct": parts[row]["correct"]}
-            question = of_chains[row][1]["question"]
-            samples.append(shown | {"q": question, "text": motg.readable(r, row, tokenizer)})
+            entry = part[row // cfg.chains][1]
+            shown = {"q": entry["question"], "answer": entry["answer"], "text": r.texts[row]}
+            samples.append(shown | {"correct": parts[row]["correct"]})
     found = {"problems": len(tests), "chains": cfg.chains, "right": [int(n) for n in right]}
     answers = [[answer, n] for answer, n in answers.most_common(8)]
     return found | dict(means) | {"answers": answers, "samples": samples}
@@ -111,41 +113,41 @@ def fill(path, kept, missing, task, folder):
         save(path, kept)
 
 
-def base(task, folder):
+def base(task, folder, results):
     """The untrained model, read out by every method."""
-    path = RESULTS / f"{task}.json"
+    path = results / f"{task}.json"
     kept, missing = result_of(path)
     fill(path, kept | {"task": task, "about": about()}, missing, task, folder)
 
 
-def one_run(task, method, seed, folder):
+def one_run(task, method, seed, folder, results):
     """Train, keep the curves, read out."""
     motg.score = own_score if task in OWN_SCORE else all_or_nothing
     name = name_of(task, method, seed)
-    out, path, began = RUNS / name, RESULTS / f"{name}.json", time.perf_counter()
+    out, path, began = RUNS / name, results / f"{name}.json", time.perf_counter()
     kept, missing = result_of(path)
     if not kept:
         resumed = (out / "config.json").exists()
         if not (out / "result.json").exists():  # train's own evaluations are cut to one problem
-            more = {"out": str(out), "resume": resumed, "model": folder, "eval_problems": 1}
+            more = {"out": str(out), "resume": True, "model": folder, "eval_problems": 1}
             motg.train(config_of(task, method, seed, **more))
-        logs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         kept = {"task": task, "method": method, "seed": seed, "about": about()}
         kept["bf16"] = torch.cpu._is_avx512_bf16_supported() or torch.cuda.is_available()
         kept["seconds"] = None if resumed else round(time.perf_counter() - began)
-        kept["curves"] = {key: [log[key] for log in logs] for key in CURVES.split()}
+        kept["curves"] = curves_of(out)
     missing.sort(key=lambda read: read != method)  # its own first
     fill(path, kept, missing, task, str(out / "checkpoint"))
     (out / "trainer.pt").unlink(missing_ok=True)  # 1.6 GB that a finished run does not need
 
 
-def started(job, model):
+def started(job, model, results):
     """One job in a process of its own, on one thread: (task,) or (task, method, seed)."""
     name = name_of(*job) if job[1:] else job[0]
-    if not result_of(RESULTS / f"{name}.json")[1]:
+    if not result_of(results / f"{name}.json")[1]:
         return
     RUNS.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(HERE / "real.py"), "--model", model, "--run", *map(str, job)]
+    command = [sys.executable, str(HERE / "real.py"), "--model", model, "--results", str(results)]
+    command += ["--run", *map(str, job)]
     with open(RUNS / f"{name}.log", "a") as log:
         env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         done = subprocess.run(command, check=False, env=env, stdout=log, stderr=log)
@@ -159,16 +161,21 @@ def main():
     parser.add_argument("--only", default=",".join(TASKS), help="tasks, with commas")
     parser.add_argument("--methods", default=",".join(METHODS), help="methods, with commas")
     parser.add_argument("--seeds", type=int, default=2, help="so many of each")
+    parser.add_argument("--results", type=Path, default=HERE / "results/real")
     parser.add_argument("--run", nargs="*", help="one job, in this process: TASK [METHOD SEED]")
     a = parser.parse_args()
     if a.run:
         task, *rest = a.run
-        return one_run(task, rest[0], int(rest[1]), a.model) if rest else base(task, a.model)
+        if rest:
+            one_run(task, rest[0], int(rest[1]), a.model, a.results)
+        else:
+            base(task, a.model, a.results)
+        return
     tasks, methods = a.only.split(","), a.methods.split(",")
     jobs = [(t, m, s) for s in range(a.seeds) for t in tasks for m in methods]
     bases = [(t,) for t in tasks if "-" not in t]  # the others have the same problems
     with ThreadPoolExecutor(a.jobs) as pool:
-        list(pool.map(lambda job: started(job, a.model), [*jobs, *bases]))
+        list(pool.map(lambda job: started(job, a.model, a.results), [*jobs, *bases]))
 
 
 if __name__ == "__main__":
