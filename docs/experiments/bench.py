@@ -40,7 +40,6 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 import motg  # noqa: E402
 
-transformers.utils.logging.set_verbosity_error()
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
 SIZES += ("intermediate_size", "vocab_size")
 SHAPES = {
@@ -383,6 +382,7 @@ def show(rows):
 
 
 def main():
+    transformers.utils.logging.set_verbosity_error()
     cuda = torch.cuda.is_available()
     how = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)

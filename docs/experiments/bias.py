@@ -24,6 +24,7 @@ import torch.nn.functional as F
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import enumeration as plain  # noqa: E402
+import evidence  # noqa: E402
 import plot  # noqa: E402
 
 import motg  # noqa: E402
@@ -174,7 +175,7 @@ def main():
             rows += measured(rule, head, name, a.chains, a.samples, a.groups)
             print(f"{rule}, {name}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
     new = a.json.with_suffix(".new")
-    new.write_text(json.dumps({"rows": rows}, indent=0) + "\n")
+    new.write_text(json.dumps({"about": evidence.about(), "rows": rows}, indent=0) + "\n")
     os.replace(new, a.json)
     print(plot.bias(a.json))
 

@@ -70,8 +70,10 @@ def first_logprob(log_p, tokens, cfg):
     return log_p.gather(-1, tokens[..., :1])[..., 0]
 
 
-motg.AGGREGATION["shuffled"] = motg.Weights(shuffled, motg.dirichlet_logdensity)
-motg.SAMPLING["stranger"] = motg.Candidates(stranger, first_logprob)
+def add_controls():
+    """Makes them rules of motg."""
+    motg.AGGREGATION["shuffled"] = motg.Weights(shuffled, motg.dirichlet_logdensity)
+    motg.SAMPLING["stranger"] = motg.Candidates(stranger, first_logprob)
 
 
 # ------------------------------------------------------------------------------------ the variants
@@ -205,6 +207,7 @@ def curves_of(out):
 
 def one_run(name, seed, **more):
     """Train, read out, and keep the result."""
+    add_controls()
     flags, began = VARIANTS[name][0], time.perf_counter()
     out = RUNS / path_of(name, seed).stem
     settings = world_of(name) | {"seed": seed, "out": str(out), "resume": True} | flags | more

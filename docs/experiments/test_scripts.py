@@ -1,0 +1,252 @@
+"""Tests of the scripts in this folder that have no test file of their own."""
+
+import random
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import against_trl
+import bench
+import bias
+import enumeration as plain
+import evidence
+import paths
+import plot
+import real
+from enumeration import motg
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A random model on disk, in place of the smoke model."""
+    found = plain.save_model(tmp_path / "model", plain.THINKING)
+    monkeypatch.setattr(motg, "smoke_model", lambda cfg: found)
+    monkeypatch.setitem(motg.SMOKE, "max_prompt_tokens", 300)
+    return found
+
+
+# ---------------------------------------------------------------------------------------- paths.py
+def test_the_second_worlds_ways_are_shortest_and_its_thoughts_name_their_cells():
+    """Against Reasoning-Gym's own search and scorer, and by walking the answer's directions."""
+    items, seen = motg.dataset("shortest_path", 0, paths.SETTINGS), Counter()
+    shift = {"right": (0, 1), "down": (1, 0), "left": (0, -1), "up": (-1, 0)}
+    for n in range(300):
+        matrix = items[n]["metadata"]["matrix"]
+        at = {matrix[i][j]: (i, j) for i in range(4) for j in range(4)}
+        (i, j), goal = at["*"], at["#"]
+        text = paths.demonstrate(items[n], random.Random(n))
+        thought, _, reply = text.removesuffix("<|im_end|>").partition("</think> ")
+        answer = motg.extract_answer(f"</think>{reply}")
+        right = items.score_answer(answer, items[n])
+        if thought == "easy":
+            seen["guess"] += 1
+            continue
+        _, moves = paths.way(matrix, random.Random(n))
+        assert len(moves) == len(items[n]["metadata"]["solution"])
+        assert right == 1 or len(answer.split()) == abs(i - goal[0]) + abs(j - goal[1])
+        seen["right" if right == 1 else "walls"] += 1
+        if thought == "none":
+            assert answer == "infeasible"
+            continue
+        for move, name in zip(answer.split(), thought.split(), strict=True):
+            i, j = i + shift[move][0], j + shift[move][1]
+            assert name == "abcd"[i] + "1234"[j]
+        assert (i, j) == goal
+    assert min(seen[kind] for kind in ("guess", "right", "walls")) > 30
+
+
+def test_of_two_shortest_ways_each_is_taken():
+    grid = [["*", "O", "X", "X"], ["O", "#", "X", "X"], ["X"] * 4, ["X"] * 4]
+    ways = {tuple(paths.way(grid, random.Random(n))[1]) for n in range(20)}
+    assert ways == {("right", "down"), ("down", "right")}
+
+
+def test_the_second_worlds_words_are_single_tokens_and_its_demonstrations_fit():
+    _, tokenizer = motg.small_model(paths.words(), seed=0)
+    assert all(len(tokenizer.encode(word)) == 1 for word in paths.words())
+    cfg = motg.make_config(smoke=True, task="shortest_path", task_settings=paths.SETTINGS)
+    for n in range(30):
+        _, entry, prompt = motg.train_problem(cfg, tokenizer, n)
+        reply = paths.demonstrate(entry, random.Random(n))
+        assert len(tokenizer.encode(prompt)) < 30  # the question in one token, 16 cells
+        assert len(tokenizer.encode(reply)) <= cfg.max_new_tokens
+
+
+# ------------------------------------------------------------------------------------- evidence.py
+@pytest.fixture
+def controls():
+    """The controls are rules of motg, for one test."""
+    with mock.patch.dict(motg.SAMPLING), mock.patch.dict(motg.AGGREGATION):
+        evidence.add_controls()
+        yield
+
+
+def test_every_variant_is_a_config_and_the_names_of_files_differ(controls):
+    for name, (flags, seeds) in evidence.VARIANTS.items():
+        motg.make_config(smoke=True, **flags)
+        assert 3 <= seeds <= 8
+        assert name in evidence.PATHS or not name.startswith("paths") or len(flags) == 2
+    assert len({evidence.path_of(name, 0) for name in evidence.VARIANTS}) == len(evidence.VARIANTS)
+
+
+@pytest.mark.parametrize("how", [{"sampling": "stranger"}, {"aggregation": "shuffled"}])
+def test_the_controls_roll_out_and_never_mix_an_end_into_a_thought(how, controls):
+    cfg = motg.make_config("dirichlet", **how, chains=60, max_new_tokens=6)
+    model = plain.random_model(plain.FIVE, head=0.3)
+    r = motg.rollout(model, plain.FIVE, ["ab", "c"], cfg, plain.seeded(0))
+    plain.check_rollout(r, plain.FIVE, cfg)
+    assert r.mixed.sum() > 100
+    again = motg.rollout_logprobs(model, r, cfg)
+    torch.testing.assert_close(again, r.logprob, atol=1e-4, rtol=1e-4)
+
+
+def test_the_stranger_is_any_token_and_has_the_second_weight(controls):
+    log_p = torch.tensor([0.9, 0.06, 0.04, 0.0]).log().expand(4000, -1)
+    first = torch.zeros(4000).long()
+    tokens, log_pv = evidence.stranger(log_p, first, None, plain.seeded(0))
+    shares = tokens[:, 1].bincount(minlength=4) / 4000
+    torch.testing.assert_close(shares, torch.tensor([1 / 3, 1 / 3, 1 / 3, 0]), atol=0.05, rtol=0)
+    assert (tokens[:, 0] == 0).all()
+    torch.testing.assert_close(log_pv[0].exp(), torch.tensor([0.9, 0.06]))
+
+
+def test_hidden_entropy_in_windows_is_that_of_each_thoughts_own_steps(folder, monkeypatch):
+    """Against `hidden_probes` of one thought at a time, cut to the window's steps."""
+    how = {"smoke": True, "max_new_tokens": 11, "eval_problems": 6, "chains": 4}
+    cfg, kept, rollout = motg.make_config("multiplex", **how), [], motg.rollout
+    model, tokenizer = motg.load_model(cfg, folder)
+
+    def with_thought(r, inside):
+        matched = torch.where(inside, 0, motg.ANSWER)
+        return r._replace(steps=r.steps._replace(matched=matched))
+
+    def cut(*given):  # the random model never closes a thought: end the n-th at step n
+        r = rollout(*given)
+        inside = torch.arange(r.mask.shape[1]) < torch.arange(len(r.mask))[:, None]
+        kept.append(with_thought(r, inside))
+        return kept[-1]
+
+    def odd(problems, texts):
+        return [{"correct": i % 2} for i in range(len(texts))]
+
+    monkeypatch.setattr(motg, "rollout", cut)
+    monkeypatch.setattr(motg, "rewards", odd)
+    found = evidence.windows(model, tokenizer, cfg, motg.test_problems(cfg, tokenizer))
+    W = evidence.WINDOW
+    for window in range(2):
+        inside = torch.arange(11) // W == window
+        for outcome, rows in (("right", range(1, 24, 2)), ("wrong", range(0, 24, 2))):
+            rows, values = [row for row in rows if row >= W * (window + 1)], []
+            for row in rows:
+                one = kept[0].select(torch.tensor([row]))
+                one = with_thought(one, inside[None, : one.mask.shape[1]])
+                values.append(motg.hidden_probes(model, one, cfg)["hidden_entropy"][-1])
+            assert found[outcome][window][0] == len(rows) > 5
+            assert found[outcome][window][1] == pytest.approx(sum(values) / len(rows), abs=1e-5)
+
+
+# ----------------------------------------------------------------------------------------- plot.py
+@pytest.mark.parametrize("page", plot.DOCUMENTS)
+def test_the_pages_tables_are_what_the_results_give(page):
+    text, tables = (plot.DOCS / page).read_text(), plot.DOCUMENTS[page]()
+    assert plot.filled(text, tables) == text
+    assert set(tables) <= set(re.findall(r"<!-- /(\w+) -->", text))
+
+
+def test_a_comparison_is_paired_by_seed():
+    runs = {
+        "single": {
+            s: {"accuracy_before": 0.2, "accuracy_after": x} for s, x in ((0, 0.5), (1, 0.6))
+        },
+        "mine": {s: {"accuracy_before": 0.3, "accuracy_after": x} for s, x in ((1, 0.8), (2, 0.9))},
+    }
+    rows = plot.comparison(runs, ["single", "absent", "mine"]).splitlines()
+    assert len(rows) == 4 and rows[-1].endswith("| 0.80 | +0.200 |")
+    center, half = plot.interval([0.5, 0.6])
+    assert (center, half) == (pytest.approx(0.55), pytest.approx(12.71 * 0.05, rel=1e-3))
+
+
+# ----------------------------------------------------------------------------------------- real.py
+def test_a_real_models_read_out_counts_right_answers_by_problem(folder, monkeypatch):
+    """With answers put into its mouth: n % 3 of problem n's three chains are right."""
+    how = {"smoke": True, "max_new_tokens": 6, "eval_problems": 20, "chains": 3}
+    cfg = motg.make_config("multiplex", **how)
+    model, tokenizer = motg.load_model(cfg, folder)
+    tests, rollout = motg.test_problems(cfg, tokenizer), motg.rollout
+    spoken = {prompt: (n % 3, entry["answer"]) for n, (_, entry, prompt) in enumerate(tests)}
+
+    def speak(model, tokenizer, prompts, *more):
+        texts = []
+        for n, answer in map(spoken.get, prompts):
+            texts += [f"a</think> <answer>{answer}</answer>"] * n + ["c"] * (3 - n)
+        return rollout(model, tokenizer, prompts, *more)._replace(texts=texts)
+
+    monkeypatch.setattr(motg, "rollout", speak)
+    found = real.read_out(model, tokenizer, cfg)
+    assert found["right"] == [n % 3 for n in range(20)] and found["chains"] == 3
+    assert found["format"] == pytest.approx(19 / 60) and found["think_tokens"] > 0
+    assert found["answers"][0] == [None, 41] and len(found["samples"]) == 5
+
+
+def test_all_or_nothing_gives_no_part_and_every_task_has_its_shots():
+    cfg = real.config_of("gcd", "single")
+    items = motg.dataset("gcd", 0, cfg.task_settings)
+    entry = next(items[n] for n in range(500) if items[n]["answer"] == "1")
+    assert 0 < motg.score("gcd", "12", entry) < 1
+    assert [real.all_or_nothing("gcd", answer, entry) for answer in ("12", "1")] == [0, 1]
+    for task in real.TASKS:
+        assert Path(real.config_of(task, "dirichlet").shots).exists()
+
+
+# ----------------------------------------------------------------------------------------- bias.py
+@pytest.mark.parametrize("rule", ["top-k, p^", "without replacement, p^"])
+def test_on_the_enumerated_problem_the_exact_score_with_enough_passes_is_unbiased(rule):
+    """One step of thinking: its weights act on the answer, and one pass sees that."""
+    how = bias.COMMON | bias.RULES[rule] | {"end_steps": 1, "max_new_tokens": 3, "chains": 2}
+    model, found = plain.random_model(plain.FIVE, seed=10), {}
+    r, P, want = bias.by_enumeration(model, motg.make_config(**how))
+    assert P.sum().item() == pytest.approx(1, abs=1e-5) and bias.reward(r).sum() > 1
+    for score, kind in bias.SCORES.items():
+        grads = bias.gradients(model, r, motg.make_config(**how | kind))
+        found[score] = plain.relative_error((P * bias.reward(r)) @ grads, want)
+    assert found["exact, 1 pass"] < 1e-4
+    assert min(found[score] for score in ("representative", "weighted", "exact")) > 1e-3
+
+
+# ---------------------------------------------------------------------------------------- bench.py
+def test_what_is_timed_is_what_it_says(folder):
+    a = SimpleNamespace(device="cpu", chains=3, prompt=5, new=4, rounds=2, precision=["fp32"])
+    model, tokenizer = bench.build("smoke", a)
+    r = bench.sample(model, tokenizer, "dirichlet", a, a.new)  # it asserts that no row ended early
+    bench.generate(model, tokenizer, a, a.new)
+    assert r.prompt_ids.shape == (3, 5)
+    cfg = motg.make_config("dirichlet")
+    whole = bench.whole_logprobs(model, r, cfg)
+    torch.testing.assert_close(whole, motg.rollout_logprobs(model, r, cfg), atol=1e-4, rtol=1e-4)
+    numbers = iter((1.0, 3.0, 8.0, 2.0))  # the second round goes backwards
+    rows = bench.compare(dict.fromkeys("ab", lambda: {"s": next(numbers)}), a, "s")
+    assert [row["s"] for row in rows] == [[1.5, 1.0, 2.0], [5.5, 3.0, 8.0]]
+    assert rows[1]["s, times a"] == [3.5, 3.0, 4.0]
+
+
+# ---------------------------------------------------------------------------------- against_trl.py
+def test_motgs_side_of_the_comparison_trains(folder):
+    small = {"steps": 1, "chains": 2, "prompts_per_step": 2, "max_new_tokens": 6, "warmup": 0.0}
+    cfg = motg.make_config("single", smoke=True, **small)
+    before, _ = motg.load_model(cfg, folder)
+    with mock.patch.object(motg, "rewards", lambda *_: [{"reward": x} for x in (0.0, 1.0) * 2]):
+        seconds, policy, _ = against_trl.trained_by_motg(cfg, None)
+    moved = [not torch.equal(p, q) for p, q in zip(before.parameters(), policy.parameters())]
+    assert seconds > 0 and any(moved)
