@@ -26,7 +26,6 @@ import argparse
 import copy
 import hashlib
 import importlib
-import inspect
 import json
 import math
 import multiprocessing
@@ -39,7 +38,7 @@ import types
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -154,12 +153,19 @@ def gumbel_noise(like, generator=None):
 
 
 def draw(log_p, generator=None):
-    """One token a row from p, (B, V) -> (B,), by the inverse CDF. In float32 it would cut the tail
-    off; torch.multinomial reads a value back, which a CUDA graph cannot."""
-    cdf = log_p.exp().cumsum(-1, dtype=torch.float64)  # (B, V)
-    u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device, generator=generator)  # (B, 1)
-    token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)  # (B, 1)
-    return token[:, 0].clamp(max=cdf.shape[1] - 1)
+    """One token a row from p, (B, V) -> (B,): the first whose cumulative p exceeds u ~ U(0, 1). The
+    sum is in float64, for float32 would lose the rare tokens. (torch.multinomial reads a value
+    back, which a CUDA graph cannot.)"""
+    cumulative = log_p.exp().cumsum(-1, dtype=torch.float64)  # (B, V)
+    total = cumulative[:, -1:]  # (B, 1)
+    u = torch.empty_like(total).uniform_(generator=generator)
+    token = torch.searchsorted(cumulative, u * total, right=True)  # (B, 1)
+    return token[:, 0].clamp(max=log_p.shape[1] - 1)
+
+
+def pick(x, index):
+    """x[..., index]: the entry of x (..., n) at each index (...)."""
+    return x.gather(-1, index[..., None])[..., 0]
 
 
 def slot_of(tokens, token):
@@ -168,13 +174,7 @@ def slot_of(tokens, token):
     return slots & (slots.cumsum(-1) == 1)
 
 
-def weighted_sum(rows, log_weights):
-    """sum_i w_i E[v_i]: embeddings (..., k, d), log-weights (..., k) -> (..., d)."""
-    return (log_weights.exp()[..., None] * rows).sum(-2)
-
-
-@dataclass
-class Candidates:
+class Candidates(NamedTuple):
     """A sampling rule. choose(log_p (B, V), first (B,), cfg, generator) -> tokens (B, k) and their
     log p, -inf in slots that stay empty; `first` is an ordinary draw from p. A rule that draws has
     its first draw read, and logprob(log_p (..., V), tokens (..., k), cfg) -> (...)."""
@@ -183,21 +183,21 @@ class Candidates:
     logprob: Callable = None
 
 
-@dataclass
-class Weights:
+class Weights(NamedTuple):
     """An aggregation rule; p^ is p over the candidates alone, log_hat (..., k) its logarithm.
 
     weigh(log_hat, cfg, generator) -> log w, but for a constant. A rule that draws weights has their
     logdensity(log_hat, log_w, filled, cfg) -> (...). The token read is drawn from w, or has the
     largest weight (`reads_largest`). reweigh(log_hat, log_p, read, cfg) -> log w makes the weights
-    anew once that token is known, one-hot (..., k). `feed` makes the next input.
+    anew once that token is known, one-hot (..., k). feed(embeddings (..., k, d), log_w) -> (..., d)
+    takes the place of the weighted sum.
     """
 
-    weigh: Callable
+    weigh: Callable = lambda log_hat, *_: log_hat  # w = p^
     logdensity: Callable = None
     reads_largest: bool = False
     reweigh: Callable = None
-    feed: Callable = weighted_sum
+    feed: Callable = None
 
 
 def top_k(log_p, first, cfg, generator=None):
@@ -206,24 +206,28 @@ def top_k(log_p, first, cfg, generator=None):
     return tokens, log_pv
 
 
+def without(log_p, token):
+    """log p (..., V) once a token (...) is struck out, renormalised."""
+    return log_p.scatter(-1, token[..., None], -INF).log_softmax(-1)
+
+
 def without_replacement(log_p, first, cfg, generator=None):
     """k different tokens, each drawn from p without those before it (the law of Gumbel top-k)."""
-    drawn = [first]
-    rest = log_p  # (B, V)
+    drawn, rest = [first], log_p
     while len(drawn) < cfg.k:
-        rest = rest.scatter(-1, drawn[-1][:, None], -INF).log_softmax(-1)
+        rest = without(rest, drawn[-1])  # (B, V)
         drawn.append(draw(rest, generator))
     tokens = torch.stack(drawn, dim=-1)  # (B, k)
     return tokens, log_p.gather(-1, tokens)
 
 
 def plackett_luce(log_p, tokens, cfg):
-    """sum_j log p(v_j) - log(1 - sum_{i<j} p(v_i)). A token is struck out after its turn, since the
-    difference 1 - sum p would cancel where p is sharp."""
+    """sum_j log p(v_j) - log(1 - sum_{i<j} p(v_i)), without the difference, which would cancel
+    where p is sharp."""
     score = 0.0
     for token in tokens.unbind(-1):
-        score = score + log_p.gather(-1, token[..., None])[..., 0]
-        log_p = log_p.scatter(-1, token[..., None], -INF).log_softmax(-1)
+        score = score + pick(log_p, token)
+        log_p = without(log_p, token)
     return score
 
 
@@ -251,7 +255,7 @@ SAMPLING = {
     "without-replacement": Candidates(without_replacement, plackett_luce),
 }
 AGGREGATION = {
-    "probability": Weights(lambda log_hat, *_: log_hat),  # w = p^
+    "probability": Weights(),
     "dirichlet": Weights(dirichlet, dirichlet_logdensity),
 }
 
@@ -272,8 +276,7 @@ def sample_mixture(logits, cfg, generator=None, first=None) -> Mixture:
     log_w = weigh(log_hat, cfg, generator)  # (B, k)
     if not candidates.logprob:
         noise = 0.0 if weights.reads_largest else gumbel_noise(log_w, generator)
-        slot = (log_w + noise).argmax(-1, keepdim=True)  # (B, 1)
-        read = tokens.gather(-1, slot)[:, 0]
+        read = pick(tokens, (log_w + noise).argmax(-1))
     if weights.reweigh:
         log_w = weights.reweigh(log_hat, log_p, slot_of(tokens, read), cfg)
     return Mixture(tokens, log_w, read)
@@ -281,8 +284,9 @@ def sample_mixture(logits, cfg, generator=None, first=None) -> Mixture:
 
 def mixture_embedding(table, tokens, log_weights, aggregation="probability"):
     """The next input: table (V, d), tokens and log-weights (..., k) -> (..., d)."""
-    rows = F.embedding(tokens, table)  # (..., k, d)
-    return AGGREGATION[aggregation].feed(rows, log_weights).to(table.dtype)
+    rows, feed = F.embedding(tokens, table), AGGREGATION[aggregation].feed  # (..., k, d)
+    fed = feed(rows, log_weights) if feed else (log_weights.exp()[..., None] * rows).sum(-2)
+    return fed.to(table.dtype)
 
 
 # --------------------------------------------------------------- 3. the log-probability of a step
@@ -326,14 +330,16 @@ def mixture_logprob(logits, tokens, log_weights, representative, cfg):
 def step_logprob(logits, step, tag, cfg):
     """Log-prob (...) of recorded Steps under the model that gave `logits` (..., V)."""
     tokens, log_w, read, kind, matched = step[:5]
-    candidates, weights = SAMPLING[cfg.sampling], AGGREGATION[cfg.aggregation]
     log_p = step_distribution(logits, matched, tag, cfg)  # (..., V)
-    log_y = log_p.gather(-1, read[..., None])[..., 0]  # (...)
-    empty, mixed = log_w == -INF, kind == MIXED  # (..., k), (...)
+    log_y = pick(log_p, read)  # (...)
     if cfg.logprob == "representative":
         return log_y
-    if cfg.logprob == "weighted":  # w is data: a gradient through it could push a chosen token down
-        return (log_w.detach().exp() * log_p.gather(-1, tokens).masked_fill(empty, 0.0)).sum(-1)
+    empty = log_w == -INF  # (..., k)
+    if cfg.logprob == "weighted":
+        w = log_w.detach().exp()  # a gradient through w could push a chosen token down
+        return (w * log_p.gather(-1, tokens).masked_fill(empty, 0.0)).sum(-1)
+    candidates, weights = SAMPLING[cfg.sampling], AGGREGATION[cfg.aggregation]
+    mixed = kind == MIXED  # (...)
     ends = tag.ends[matched] & mixed[..., None]  # (..., V)
     log_go_on = log_p.masked_fill(ends, -INF).logsumexp(-1)  # (...) log(1 - p_end)
     log_q = (log_p - log_go_on[..., None]).masked_fill(ends, -INF)  # (..., V) log p'
@@ -343,10 +349,12 @@ def step_logprob(logits, step, tag, cfg):
         score = score + candidates.logprob(log_q, tokens, cfg)
     elif not weights.reads_largest:  # y ~ Cat(w): how likely is one with the same consequences?
         log_read = log_w if weights.logdensity else weigh(log_hat, cfg)
-        after = tag.after[matched[..., None], tokens]  # (..., k) the text's state: see section 4
-        alike = after == tag.after[matched, read][..., None]
-        alike = slot_of(tokens, read) if weights.reweigh else alike & ~empty
-        score = score + log_read.masked_fill(~alike, -INF).logsumexp(-1)
+        leads_to = tag.after[matched[..., None], tokens]  # (..., k) see section 4
+        led_to = tag.after[matched, read]  # (...)
+        if weights.reweigh:  # the weights depend on the token itself
+            leads_to, led_to = tokens, read
+        other = leads_to != led_to[..., None]  # (..., k)
+        score = score + log_read.masked_fill(other, -INF).logsumexp(-1)
     if weights.logdensity:
         log_hat, log_w = log_hat.masked_fill(empty, 0.0), log_w.masked_fill(empty, 0.0)
         score = score + weights.logdensity(log_hat, log_w, ~empty, cfg)
@@ -380,8 +388,8 @@ class TagTable(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def tag_table(tokenizer, vocabulary, eos_ids):
-    """The TagTable of a tokenizer, for V = `vocabulary` and a tuple of EOS ids."""
+def text_states(tokenizer, vocabulary):
+    """The state after each token (10, V) as far as its text decides."""
     after = torch.zeros(ENDED + 1, vocabulary, dtype=torch.long)
     ids = [[i] for i in range(min(len(tokenizer), vocabulary))]
     texts = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
@@ -392,11 +400,19 @@ def tag_table(tokenizer, vocabulary, eos_ids):
                 longest = max(n for n in range(ANSWER) if seen.endswith(TAG[:n]))
                 after[matched, token] = ANSWER if TAG in seen else longest
     after[ANSWER] = ANSWER
-    after[:, eos_ids] = ENDED
+    return after
+
+
+def tag_of(model, tokenizer):
+    """The TagTable of a model and its tokenizer."""
+    after = text_states(tokenizer, model.config.vocab_size).clone()
+    eos = model.generation_config.eos_token_id  # one, a list of them, or none
+    eos = tokenizer.eos_token_id if eos is None else eos
+    after[:, torch.tensor(eos, dtype=torch.long)] = ENDED
     after[ENDED] = ENDED
     ends = after >= ANSWER
     ends[ANSWER:] = False  # there is no thought to end
-    return TagTable(after, ends)
+    return TagTable(after.to(model.device), ends.to(model.device))
 
 
 def step_distribution(logits, matched, tag, cfg):
@@ -456,13 +472,12 @@ class Rollout(NamedTuple):
     mixed = property(lambda self: self.kind == MIXED)  # (B, T) those that fed a mixture
     thinking = property(lambda self: self.matched < ANSWER)  # (B, T) the thought and its end
 
+    eos = property(  # (B, T) the step that ended a row
+        lambda self: self.mask & (self.tag.after[self.matched, self.representative] == ENDED)
+    )
+
     def __getattr__(self, name):
         return getattr(self.steps, name)
-
-    @property
-    def eos(self):
-        """(B, T) the step that ended a row."""
-        return self.mask & (self.tag.after[self.matched, self.representative] == ENDED)
 
     def select(self, rows):
         """These rows (a LongTensor), with the padding trimmed and without texts."""
@@ -478,8 +493,11 @@ CACHE = "cache" if transformers.__version__ >= "5.24" else "past_key_values"
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def forward(model, embeds, mask, position, cache, **more):
-    """The model below its head, on embeddings (B, Q, d) that follow what the cache holds."""
+def forward(model, embeds, mask, cache, position=None, **more):
+    """The model below its head, on embeddings (B, Q, d) behind those that the cache holds. `mask`
+    (B, S) covers both, and positions count what it does not hide."""
+    if position is None:
+        position = (mask.cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]  # (B, Q)
     more |= {"attention_mask": mask, "position_ids": position, CACHE: cache, "use_cache": True}
     with sdpa_kernel(ATTENTION):
         return model.base_model(inputs_embeds=embeds, **more)
@@ -488,8 +506,7 @@ def forward(model, embeds, mask, position, cache, **more):
 def read_prompts(model, ids, mask, cache, **more):
     """Reads n distinct prompts (n, P) into the cache; returns the model's output."""
     embeds = F.embedding(ids, model.get_input_embeddings().weight)  # (n, P, d)
-    position = (mask.cumsum(1) - 1).clamp(min=0)  # (n, P)
-    return forward(model, embeds, mask.long(), position, cache, **more)
+    return forward(model, embeds, mask, cache, **more)
 
 
 class Decoder:
@@ -497,33 +514,32 @@ class Decoder:
 
     def __init__(self, model, tokenizer, ids, mask, cfg, generator):
         self.model, self.cfg, self.generator = model, cfg, generator
-        self.head = model.get_output_embeddings()
-        tag = tag_table(tokenizer, len(self.head.weight), eos_ids(model, tokenizer))
-        self.tag = TagTable(*(x.to(ids.device) for x in tag))
+        self.head, self.tag = model.get_output_embeddings(), tag_of(model, tokenizer)
         self.tag_ids = ids.new_tensor(tokenizer.encode(TAG, add_special_tokens=False))
-        (n, self.P), T, k = mask.shape, cfg.max_new_tokens, cfg.k
+        (n, self.P), T = mask.shape, cfg.max_new_tokens
         slots = (self.P + T + 15) // 16 * 16  # attention pads other lengths anew in each layer
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=slots)
         out = read_prompts(model, ids, mask, self.cache)
         self.logits = self.head(out.last_hidden_state[:, -1])  # (n, V)
         self.start = mask.sum(1, keepdim=True)  # (n, 1) lengths of the prompts
         hidden = F.pad(~mask, (0, slots - self.P), value=True)[:, None, None]  # (n, 1, 1, slots)
-        self.attention_bias = hidden.to(model.dtype) * -1e9  # added to q k: 0 where a row may look
-        self.matched, self.streak = ids.new_zeros(2, n)  # the text's state; steps towards the end
+        self.attention_bias = hidden.to(model.dtype) * -1e9  # 0 where a row may look
+        self.matched, self.streak = ids.new_zeros(2, n)  # see section 4; forced()
         self.rows = torch.arange(n * cfg.chains, device=ids.device)  # (B,) places in the record
         self.keep(self.rows // cfg.chains)  # each prompt's row is copied to its chains
-        self.t = ids.new_tensor([0])
-        self.one_hot = torch.full((k,), -INF, device=ids.device).index_fill(0, self.t, 0.0)  # (k,)
-        numbers = torch.zeros(len(self.rows), T, device=ids.device)
+        self.t = ids.new_zeros(1)
+        self.one_hot = F.one_hot(self.t, cfg.k).log()  # (1, k) log-weights of an ordinary token
+        one = ids.new_zeros(len(self.rows), T)  # a number a step
+        each = ids.new_zeros(len(self.rows), T, cfg.k)  # a number a candidate
         self.record = Steps(
-            tokens=ids.new_zeros(*numbers.shape, k),
-            log_weights=self.one_hot.repeat(*numbers.shape, 1),
-            representative=numbers.long(),
-            kind=numbers.long() + PAD,
-            matched=numbers.long() + ENDED,
-            log_pv=self.one_hot.repeat(*numbers.shape, 1),
-            logprob=numbers,
-            entropy=numbers.clone(),
+            tokens=each,
+            log_weights=each + self.one_hot,
+            representative=one,
+            kind=one + PAD,
+            matched=one + ENDED,
+            log_pv=each.float(),
+            logprob=one.float(),
+            entropy=one.float(),
         )
 
     def keep(self, rows):
@@ -531,11 +547,11 @@ class Decoder:
         self.start, self.logits = self.start[rows], self.logits[rows]
         self.matched, self.streak = self.matched[rows], self.streak[rows]
         self.attention_bias = self.attention_bias[rows]
-        for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        self.cache.reorder_cache(rows)
 
     def forced(self):
-        """Rows (B,) in which a rule ends the thought, and the tokens (B,) that it puts in."""
+        """Rows (B,) in which a rule ends the thought, and the tokens (B,) that it puts in. A row's
+        streak runs on beyond the patience while the tag is put in, and so counts its tokens."""
         if self.cfg.end == "most-likely":
             token = self.logits.argmax(-1)
             return self.tag.ends[self.matched, token], token
@@ -546,23 +562,22 @@ class Decoder:
 
     def choose(self):
         """Draws an ordinary token; where that does not end the thought, mixes. Steps (B, ...)."""
-        cfg, matched, tag, generator = self.cfg, self.matched, self.tag, self.generator
-        log_p = step_distribution(self.logits, matched, tag, cfg)  # (B, V)
+        cfg, matched, tag, z = self.cfg, self.matched, self.tag, self.logits
+        log_p = step_distribution(z, matched, tag, cfg)  # (B, V)
         entropy = entropy_of(log_p)  # (B,)
         forced, token = self.forced()
-        y = torch.where(forced, token, draw(log_p, generator))  # (B,)
+        y = torch.where(forced, token, draw(log_p, self.generator))  # (B,)
         mixes = (matched < ANSWER) & ~forced & ~tag.ends[matched, y]  # (B,)
         mixes &= (entropy >= cfg.mix_entropy) & (self.t < (cfg.mix_steps or INF))
-        if cfg.k == 1 and SAMPLING[cfg.sampling].logprob:  # one draw is an ordinary token
-            mixes = torch.zeros_like(mixes)
-        z = self.logits.masked_fill(tag.ends[matched], -INF)  # (B, V) of p'
-        m = sample_mixture(z, cfg, generator, first=y)
+        mixes &= cfg.k > 1 or not SAMPLING[cfg.sampling].logprob  # one draw is an ordinary token
+        going_on = z.masked_fill(tag.ends[matched], -INF)  # (B, V) the logits of p'
+        m = sample_mixture(going_on, cfg, self.generator, first=y)
         tokens = torch.where(mixes[:, None], m.tokens, y[:, None])  # (B, k)
         log_w = torch.where(mixes[:, None], m.log_weights, self.one_hot)
         kind = torch.where(forced, FORCED, torch.where(mixes, MIXED, TOKEN))
         kind = kind.masked_fill(matched == ENDED, PAD)
         step = Steps(tokens, log_w, torch.where(mixes, m.representative, y), kind, matched)
-        logprob = step_logprob(self.logits, step, tag, cfg).masked_fill(kind <= FORCED, 0.0)
+        logprob = step_logprob(z, step, tag, cfg).masked_fill(kind <= FORCED, 0.0)
         return step._replace(log_pv=log_p.gather(1, tokens), logprob=logprob, entropy=entropy)
 
     def step(self):
@@ -570,15 +585,15 @@ class Decoder:
         cfg, step = self.cfg, self.choose()
         for recorded, chosen in zip(self.record, step):
             recorded[self.rows, self.t] = chosen
-        sharp = step.entropy < (cfg.end_entropy if cfg.end == "entropy" else INF)
-        counts = sharp | (step.kind == FORCED)  # a tag that has begun goes on
-        self.streak.copy_((self.streak + 1).masked_fill(~counts, 0))
+        blunt = step.entropy >= (cfg.end_entropy if cfg.end == "entropy" else INF)
+        blunt &= step.kind != FORCED  # a tag that has begun goes on
+        self.streak.copy_((self.streak + 1).masked_fill(blunt, 0))
         self.matched.copy_(self.tag.after[self.matched, step.representative])
         self.attention_bias.index_fill_(3, self.P + self.t, 0.0)
         table = self.model.get_input_embeddings().weight
         embeds = mixture_embedding(table, step.tokens, step.log_weights, cfg.aggregation)  # (B, d)
         position = self.start + self.t  # (B, 1)
-        out = forward(self.model, embeds[:, None], self.attention_bias, position, self.cache)
+        out = forward(self.model, embeds[:, None], self.attention_bias, self.cache, position)
         self.logits.copy_(self.head(out.last_hidden_state[:, 0]))
         self.t.add_(1)
 
@@ -604,12 +619,13 @@ def rollout(model, tokenizer, prompts, cfg, generator=None) -> Rollout:
     opened thought, so that every row begins by thinking."""
     check_model(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    how = {"padding": True, "padding_side": "left", "add_special_tokens": False}
-    batch = tokenizer(prompts, **how, return_tensors="pt").to(model.device)
+    batch = tokenizer(
+        prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
+    ).to(model.device)
     ids, mask = batch.input_ids, batch.attention_mask.bool()  # (n, P)
     if generator is None:  # torch.manual_seed decides
         generator = torch.Generator(ids.device).manual_seed(torch.randint(2**62, ()).item())
-    with torch.no_grad() if ids.is_cuda else torch.inference_mode():  # which graphs cannot take
+    with torch.no_grad() if ids.is_cuda else torch.inference_mode():  # no graph takes the latter
         decoder = Decoder(model, tokenizer, ids, mask, cfg, generator)
         step, rows = decoder.step, decoder.rows
         for t in range(cfg.max_new_tokens):
@@ -623,7 +639,7 @@ def rollout(model, tokenizer, prompts, cfg, generator=None) -> Rollout:
                 break
             if t % 8 == 7 and not (ids.is_cuda or live.all()):  # a graph cannot shrink
                 decoder.rows = decoder.rows[live]
-                decoder.keep(live)
+                decoder.keep(live.nonzero()[:, 0])
     prompt = rows // cfg.chains  # (B,)
     r = Rollout(decoder.record, ids[prompt], mask[prompt], prompt, decoder.tag, []).select(rows)
     shown = zip(r.representative.cpu(), (r.mask & ~r.eos).cpu())
@@ -642,20 +658,18 @@ def completion_hidden(model, r, log_weights, cfg):
     """Hidden states (B, T, d) from which each step was predicted: embeddings, then each layer's."""
     _, chains = torch.unique_consecutive(r.prompt, return_counts=True)  # (n,) rows a prompt
     first = chains.cumsum(0) - chains  # (n,) the first of them
-    more = {"output_hidden_states": True}
+    ids, mask = r.prompt_ids[first], r.prompt_mask[first]  # (n, P)
     cache = transformers.DynamicCache(config=model.config)
-    prompt = read_prompts(model, r.prompt_ids[first], r.prompt_mask[first], cache, **more)
+    prompt = read_prompts(model, ids, mask, cache, output_hidden_states=True)
     cache.batch_repeat_interleave(chains)
-    table, T = model.get_input_embeddings().weight, r.kind.shape[1]
+    table = model.get_input_embeddings().weight
     embeds = mixture_embedding(table, r.tokens, log_weights, cfg.aggregation)  # (B, T, d)
-    visible = F.pad(r.prompt_mask, (0, T), value=True).long()  # (B, P + T)
-    position = visible.cumsum(1)[:, -T:] - 1  # (B, T)
-    steps = forward(model, embeds, visible, position, cache, **more)
-    found = []
-    for before, after in zip(prompt.hidden_states, steps.hidden_states):  # (n, P, d), (B, T, d)
-        end = before[:, -1:].repeat_interleave(chains, dim=0)  # (B, 1, d) it predicts step 0
-        found.append(torch.cat([end, after[:, :-1]], dim=1))  # step t - 1 predicts step t
-    return found
+    visible = F.pad(r.prompt_mask, (0, r.kind.shape[1]), value=True)  # (B, P + T)
+    steps = forward(model, embeds, visible, cache, output_hidden_states=True)
+    return [  # the prompt's last state predicts step 0, that of step t - 1 predicts step t
+        torch.cat([before[:, -1:].repeat_interleave(chains, dim=0), after[:, :-1]], dim=1)
+        for before, after in zip(prompt.hidden_states, steps.hidden_states)  # (n, P, d), (B, T, d)
+    ]
 
 
 # If the weights are functions of p, the parameters act a second time: theta -> w_1 -> the input of
@@ -681,25 +695,26 @@ def weights_of_p(logits, step, tag, cfg):
 
 def rollout_logprobs(model, rollout, cfg, micro_batch=None):
     """Log-probs (B, T) of every sampled step under `model`, with gradient; 0 elsewhere."""
-    r, sampled, head = rollout, rollout.sampled, model.get_output_embeddings()
+    check_model(model)
+    r, sampled = rollout, rollout.sampled
+    head = model.get_output_embeddings()
     if micro_batch:
         rows = torch.arange(len(sampled), device=sampled.device).split(micro_batch)
         parts = [rollout_logprobs(model, r.select(i), cfg) for i in rows]
         return torch.cat([F.pad(p, (0, sampled.shape[1] - p.shape[1])) for p in parts])
-    check_model(model)
     steps = Steps(*(x[sampled] for x in r.steps))  # (N, k) or (N,)
 
     def in_chunks(function, log_weights):
         """`function` of every step, if the inputs are made with these weights (B, T, k)."""
+
+        def of_chunk(hidden, *step):
+            return function(head(hidden), Steps(*step), r.tag, cfg)
+
         hidden = completion_hidden(model, r, log_weights, cfg)[-1][sampled]  # (N, d)
-
-        def of_chunk(i):
-            return function(head(hidden[i]), Steps(*(x[i] for x in steps)), r.tag, cfg)
-
         size = max(1, LOGITS_CHUNK // len(head.weight))
-        chunks = torch.arange(len(hidden), device=hidden.device).split(size)
+        chunks = zip(*(x.split(size) for x in (hidden, *steps)))
         how = {"use_reentrant": False, "preserve_rng_state": False}
-        return torch.cat([checkpoint(of_chunk, i, **how) for i in chunks])
+        return torch.cat([checkpoint(of_chunk, *chunk, **how) for chunk in chunks])
 
     log_weights = r.log_weights
     bf16 = compute_dtype(model, cfg) == torch.bfloat16
@@ -717,7 +732,9 @@ def rollout_logprobs(model, rollout, cfg, micro_batch=None):
 # advantages are (1.5, -0.5, -0.5, -0.5).
 def group_advantages(rewards):
     """A = (r - mean) / (std + 1e-4) within each group: (n, G) -> (n, G)."""
-    return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)
+    mean = rewards.mean(-1, keepdim=True)
+    std = rewards.std(-1, keepdim=True)
+    return (rewards - mean) / (std + 1e-4)
 
 
 def grpo_loss(logprob, old_logprob, ref_logprob, advantages, mask, cfg, chains=None, tokens=None):
@@ -738,10 +755,9 @@ def grpo_loss(logprob, old_logprob, ref_logprob, advantages, mask, cfg, chains=N
     ratio = (logprob - old_logprob).masked_fill(mask == 0, 0.0).exp()  # (B, T)
     free = ratio * A
     clipped = ratio.clamp(1 - cfg.clip, 1 + cfg.clip) * A
-    kl = torch.zeros_like(ratio)
-    if ref_logprob is not None:
-        log_r = (ref_logprob - logprob).masked_fill(mask == 0, 0.0)
-        kl = log_r.exp() - log_r - 1
+    ref_logprob = logprob if ref_logprob is None else ref_logprob
+    log_r = (ref_logprob - logprob).masked_fill(mask == 0, 0.0)
+    kl = log_r.exp() - log_r - 1
     parts = {
         "loss": weight * (cfg.kl_beta * kl - torch.min(free, clipped)),
         "kl": weight * kl,
@@ -759,32 +775,38 @@ def attempt(model, tokenizer, problems, cfg, generator):
 
 def collect(sampler, tokenizer, cfg, steps, generator):
     """The experience of some steps (a range): a Rollout, advantages (B,), rewards, what to log."""
-    generator.manual_seed(cfg.seed * 1_000_003 + steps[0] + 1)  # the step is all the random state
+    generator.manual_seed(cfg.seed * 1_000_003 + steps.start + 1)  # --resume needs no other state
     counts.clear()
-    numbers = range(steps[0] * cfg.prompts_per_step, steps.stop * cfg.prompts_per_step)
+    numbers = range(steps.start * cfg.prompts_per_step, steps.stop * cfg.prompts_per_step)
     batch = [train_problem(cfg, tokenizer, n) for n in numbers]
     r, parts = attempt(sampler, tokenizer, batch, cfg, generator)
     reward = torch.tensor([part["reward"] for part in parts], device=r.kind.device)
     reward = reward.view(-1, cfg.chains)  # (n, G)
     equal = (reward == reward[:, :1]).all(1)  # (n,) nothing to compare, so no gradient
-    log = {"step": steps[0], "no_gradient": equal.float().mean().item()}
-    log |= {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
-    log |= step_probes(r) | {"too_long": 0, "refused": 0, "raised": 0, "died": 0} | counts
+    log = {
+        "step": steps.start,
+        "no_gradient": equal.float().mean().item(),
+        **{name: sum(part[name] for part in parts) / len(parts) for name in parts[0]},
+        **step_probes(r),
+        **dict.fromkeys(("too_long", "refused", "raised", "died"), 0),
+        **counts,
+    }
     return r, group_advantages(reward).flatten(), parts, log
 
 
 def micro_batches(r, cfg):
     """The rows (LongTensors) of micro-batches of about `micro_tokens` tokens. Prompts whose longest
     chains are alike come together, so that there is little padding."""
-    longest, order = r.mask.sum(1).view(-1, cfg.chains).amax(1).sort()  # (n,) both
-    rows = torch.arange(len(r.kind), device=order.device).view(-1, cfg.chains)[order].flatten()
-    lengths = longest.repeat_interleave(cfg.chains) + r.prompt_mask.shape[1] / cfg.chains
-    start, parts = 0, []
-    for i, length in enumerate(lengths.tolist()):  # ascending
-        if i > start and (i + 1 - start) * length > cfg.micro_tokens:
-            parts.append(rows[start:i])
-            start = i
-    return [*parts, rows[start:]]
+    G = cfg.chains
+    longest, order = r.mask.sum(1).view(-1, G).amax(1).sort()  # (n,) both
+    rows = torch.arange(len(r.kind), device=order.device).view(-1, G)[order].flatten()
+    lengths = longest.repeat_interleave(G) + r.prompt_mask.shape[1] / G  # chains share a prompt
+    sizes = [0]
+    for length in lengths.tolist():  # ascending
+        if sizes[-1] and (sizes[-1] + 1) * length > cfg.micro_tokens:
+            sizes.append(0)
+        sizes[-1] += 1
+    return rows.split(sizes)
 
 
 def update(policy, reference, optimizer, r, advantages, cfg, lr):
@@ -810,8 +832,8 @@ def update(policy, reference, optimizer, r, advantages, cfg, lr):
 
 def train(cfg):
     """The whole method: roll out, reward, compare within groups, update."""
-    policy, tokenizer, reference, sampler, optimizer, run = begin(cfg)
-    generator, tests = torch.Generator(policy.device), test_problems(cfg, tokenizer)
+    policy, tokenizer, reference, sampler, optimizer, tests, run = begin(cfg)
+    generator = torch.Generator(policy.device)
     test = partial(evaluate, sampler, tokenizer, cfg, generator, tests)
     run["before"] = run["before"] or test()
     bar = tqdm(range(run["step"], cfg.steps, cfg.accumulate), desc=cfg.method, disable=None)
@@ -825,16 +847,19 @@ def train(cfg):
         if cfg.eval_every and step // cfg.eval_every < done // cfg.eval_every:
             log["test_accuracy"] = test()["pass@1"]
         saves = done == cfg.steps or step // cfg.save_every < done // cfg.save_every
-        for row in range(cfg.chains if saves or step == 0 else 0):
-            trajectory = {"trajectory": readable(r, row, tokenizer)}
-            run["samples"] += json.dumps({"step": step} | parts[row] | trajectory) + "\n"
+        if saves or step == 0:  # the first prompt's chains can be read
+            for row in range(cfg.chains):
+                prompt = tokenizer.decode(r.prompt_ids[row][r.prompt_mask[row]])
+                sample = {"step": step, "prompt": prompt, **parts[row]}
+                sample["trajectory"] = readable(r, row, tokenizer)
+                run["samples"] += json.dumps(sample) + "\n"
         run["metrics"] += json.dumps(log) + "\n"
         write(cfg, "metrics.jsonl", run["metrics"])
         write(cfg, "samples.jsonl", run["samples"])
-        bar.set_postfix({name: f"{log[name]:.2f}" for name in ("reward", "correct", "entropy")})
+        bar.set_postfix_str(f"reward {log['reward']:.2f}, correct {log['correct']:.2f}")
         if saves:
-            parts = {"model": policy.state_dict(), "optimizer": optimizer.state_dict()}
-            write(cfg, "trainer.pt", run | parts)
+            state = {"model": policy.state_dict(), "optimizer": optimizer.state_dict()}
+            write(cfg, "trainer.pt", run | state)
     finish(cfg, policy, tokenizer, run["before"]["pass@1"], test()["pass@1"])
 
 
@@ -869,7 +894,8 @@ def largest(rows, log_weights):
 
 
 def posterior(log_hat, log_p, read, cfg):
-    """Mixture of Inputs: w = (H p^ + (beta + 1 - H) read) / (beta + 1), H = H(p) over log V."""
+    """Mixture of Inputs: w = (H p^ + (beta + 1 - H) read) / (beta + 1), where H is the entropy of p
+    over log V, in [0, 1]."""
     H = entropy_of(log_p)[..., None] / math.log(max(2, log_p.shape[-1]))  # (..., 1)
     w = (H * log_hat.exp() + (cfg.moi_beta + 1 - H) * read) / (cfg.moi_beta + 1)
     return w.clamp(min=1e-30).log().masked_fill(log_hat == -INF, -INF)
@@ -898,8 +924,8 @@ SAMPLING |= {
 }
 AGGREGATION |= {
     "uniform": Weights(lambda log_hat, *_: torch.zeros_like(log_hat)),
-    "max": Weights(lambda log_hat, *_: log_hat, feed=largest),
-    "posterior": Weights(lambda log_hat, *_: log_hat, reweigh=posterior),
+    "max": Weights(feed=largest),
+    "posterior": Weights(reweigh=posterior),
     "gumbel": Weights(gumbel, concrete_logdensity, reads_largest=True),
 }
 
@@ -937,6 +963,7 @@ SMOKE = {
     "eval_problems": 256,
 }
 CHOICES = {
+    "method": METHODS,
     "sampling": SAMPLING,
     "aggregation": AGGREGATION,
     "logprob": ("representative", "weighted", "exact"),
@@ -977,22 +1004,21 @@ def refusing(message):
 
 def make_config(method="dirichlet", **overrides) -> Config:
     """Defaults, then --smoke's, then the method's, then `overrides`. Raises UserError."""
-    require(method in METHODS, f"method = {method!r}; allowed: {', '.join(METHODS)}")
     smoke = SMOKE if overrides.get("smoke") else {}
-    settings = smoke | METHODS[method] | overrides | {"method": method}
+    settings = smoke | METHODS.get(method, {}) | overrides | {"method": method}
     if settings.get("task") != SMOKE["task"] and "task_settings" not in overrides:
         settings["task_settings"] = "{}"  # the smoke mode's belong to its own task
     with refusing("unknown setting"):
         cfg = Config(**settings)
-    for f in fields(cfg):
-        value, choices = getattr(cfg, f.name), CHOICES.get(f.name)
+    for name, kind in Config.__annotations__.items():
+        value, choices = getattr(cfg, name), CHOICES.get(name)
         if choices:
-            require(value in choices, f"{f.name} = {value!r}; allowed: {', '.join(choices)}")
-        elif f.type in (int, float):
-            least = 0 if f.name in MAY_BE_0.split() else f.type(1e-6) or 1
-            most = MOST.get(f.name, 10**9)
-            ok = type(value) in (int, f.type) and least <= value <= most
-            require(ok, f"{f.name} = {value!r}; allowed: {least} to {most}")
+            require(value in choices, f"{name} = {value!r}; allowed: {', '.join(choices)}")
+        elif kind in (int, float):
+            least = 0 if name in MAY_BE_0.split() else {int: 1, float: 1e-6}[kind]
+            most = MOST.get(name, 10**9)
+            ok = type(value) in (int, kind) and least <= value <= most
+            require(ok, f"{name} = {value!r}; allowed: {least} to {most}")
     require(method != "single" or cfg.k == 1, f"k = {cfg.k}; allowed: 1, for the method single")
     return cfg
 
@@ -1036,9 +1062,9 @@ def problems(cfg, tokenizer, stream, items, test):
         random.seed(i)  # list_functions draws from the global generator
         with refusing(f"task {cfg.task!r} cannot be made"):
             entry = dataset(cfg.task, i // 500 * 500, cfg.task_settings)[i % 500]
-        digest = hashlib.sha256(entry["question"].encode()).hexdigest()
-        if (int(digest, 16) % 10 == 0) == test and digest not in seen:
-            seen.add(digest)
+        number = int(hashlib.sha256(entry["question"].encode()).hexdigest(), 16)
+        if (number % 10 == 0) == test and number not in seen:
+            seen.add(number)
             entry["metadata"]["task_settings"] = cfg.task_settings  # four scorers look at them
             prompt = chat_prompt(tokenizer, entry["question"], cfg)
             if len(tokenizer.encode(prompt, add_special_tokens=False)) <= cfg.max_prompt_tokens:
@@ -1074,8 +1100,8 @@ def rewards(problems, texts):
         points = score(task, extract_answer(text), entry)
         form = float(bool(re.fullmatch(FORMAT, text, re.DOTALL)))
         reward = 2 * points + 0.5 * form + 0.5 * (200 <= len(text.split()) <= 400)
-        part = {"reward": reward, "score": points, "format": form, "correct": float(points == 1)}
-        found.append(part)
+        correct = float(points == 1)
+        found.append({"reward": reward, "score": points, "format": form, "correct": correct})
     return found
 
 
@@ -1127,11 +1153,11 @@ def scorer():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["reasoning_gym", "transformers.models.auto.modeling_auto"])
     ours, theirs = context.Pipe()
+    process = context.Process(target=score_forever, args=(theirs,), daemon=True)
     entry, main = dataset("chain_sum", 0)[0], sys.modules["__main__"]
     with refusing("scoring does not work on this machine: no child process could start"):
         sys.modules["__main__"] = types.ModuleType("__main__")  # the caller's would be run again
         try:
-            process = context.Process(target=score_forever, args=(theirs,), daemon=True)
             process.start()
         finally:
             sys.modules["__main__"] = main
@@ -1163,12 +1189,6 @@ def score(task, answer, entry) -> float:
 
 
 # ------------------------------------------------------------------------------------ 12. models
-def eos_ids(model, tokenizer):
-    """The ids that end a row, a tuple. A generation config has one, a list of them, or none."""
-    ids = model.generation_config.eos_token_id
-    return tuple(torch.tensor(tokenizer.eos_token_id if ids is None else ids).view(-1).tolist())
-
-
 @torch.no_grad()
 def check_model(model):
     """Raises UserError unless the model is head(layers(embeddings)) with full causal attention."""
@@ -1201,17 +1221,17 @@ def load_model(cfg, name):
     with refusing(f"model {str(name)!r} cannot be loaded; allowed: a hub name or a folder"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    model.to(device)
     require(tokenizer.chat_template, f"{name}: no chat template; use an instruction-tuned model")
     need = cfg.max_prompt_tokens + cfg.max_new_tokens
     most = getattr(model.config, "max_position_embeddings", need)
     require(need <= most, f"max_prompt_tokens + max_new_tokens = {need}; {name} allows {most}")
-    tag = tag_table(tokenizer, model.config.vocab_size, eos_ids(model, tokenizer))
-    most = int((~tag.ends).sum(1).min())  # the tokens that a mixture may hold
-    require(cfg.k <= most, f"k = {cfg.k}; allowed: 1 to {most}")
     check_model(model)
+    most = int((~tag_of(model, tokenizer).ends).sum(1).min())  # tokens that a mixture may hold
+    require(cfg.k <= most, f"k = {cfg.k}; allowed: 1 to {most}")
     if model.num_parameters() < 10**7 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # waking a thread takes longer than its half of so small a product
-    return model.to(device), tokenizer
+    return model, tokenizer
 
 
 def compute_dtype(model, cfg):
@@ -1302,28 +1322,27 @@ def smoke_model(cfg):
 
 # ------------------------------------------------------------------------------------ 13. probes
 def step_probes(r):
-    """Means over thinking steps (nats, shares; a token drawn twice is one) and over chains."""
-    w = r.log_weights.exp()  # (B, T, k) of slots
-    same = r.tokens[..., None] == r.tokens[..., None, :]  # (B, T, k, k)
-    whole = (same * w[..., None, :]).sum(-1)  # (B, T, k) of tokens
-    H = -(w * whole.clamp(min=1e-30).log()).sum(-1)  # (B, T)
-    considered = r.thinking[..., None] & (w > 0)  # (B, T, k)
+    """Means over thinking steps (nats, shares; a token drawn twice is one) and over chains. A slot
+    has a weight w; the sum of those that hold the same token is `whole`."""
+    tokens, w = r.tokens[r.thinking], r.log_weights[r.thinking].exp()  # (N, k) both
+    same = tokens[..., None] == tokens[:, None]  # (N, k, k)
+    whole = (same * w[:, None]).sum(-1)  # (N, k)
+    H = -(w * whole.clamp(min=1e-30).log()).sum(-1)  # (N,)
+    considered = r.thinking[..., None] & (r.log_weights.exp() > 0)  # (B, T, k)
     ids = r.tokens.masked_fill(~considered, -1).flatten(1).tolist()
-    of_steps = {
-        "entropy": r.entropy,
-        "mixed": r.mixed,
+    values = {
+        "entropy": r.entropy[r.thinking],
+        "mixed": r.mixed[r.thinking],
         "weight_entropy": H,
         "support": H.exp(),
         "gini_simpson": 1 - (w * whole).sum(-1),
         "one_hot": whole.amax(-1) > 0.99,
-    }
-    found = {name: x[r.thinking] for name, x in of_steps.items()} | {
         "distinct_tokens": torch.tensor([len({*row} - {-1}) for row in ids]),
         "think_tokens": r.thinking.sum(1),
         "answer_tokens": (r.mask & ~r.thinking).sum(1),
         "truncated": ~r.eos.any(1),
     }
-    return {name: x.float().mean().item() for name, x in found.items()}
+    return {name: x.float().mean().item() for name, x in values.items()}
 
 
 def hidden_state_entropy(hidden):
@@ -1353,8 +1372,8 @@ def begin(cfg):
     for what the user would have to mend, before anything is written."""
     require(cfg.chains > 1, f"chains = {cfg.chains}; allowed: 2 or more, for GRPO compares them")
     device_of(cfg)
-    out, path = Path(cfg.out), Path(cfg.out, "trainer.pt")
-    free = cfg.resume or not (out / "config.json").exists()
+    path = Path(cfg.out, "trainer.pt")
+    free = cfg.resume or not path.with_name("config.json").exists()
     require(free, f"out = {cfg.out!r} has a run; allowed: --resume, or another folder")
     scorer()
     policy, tokenizer = load_model(cfg, cfg.model or smoke_model(cfg))
@@ -1368,10 +1387,10 @@ def begin(cfg):
             optimizer.load_state_dict(run.pop("optimizer"))
     sampler = copy.deepcopy(policy).requires_grad_(False).to(compute_dtype(policy, cfg))
     train_problem(cfg, tokenizer, 0)
-    test_problems(cfg, tokenizer)
-    out.mkdir(parents=True, exist_ok=True)
-    write(cfg, "config.json", json.dumps(asdict(cfg) | {"resume": False}, indent=1))
-    return policy, tokenizer, reference, sampler, optimizer, run
+    tests = test_problems(cfg, tokenizer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(cfg, "config.json", json.dumps(vars(cfg) | {"resume": False}, indent=1))
+    return policy, tokenizer, reference, sampler, optimizer, tests, run
 
 
 def write(cfg, name, content):
@@ -1386,28 +1405,26 @@ def write(cfg, name, content):
 
 def readable(r, row, tokenizer):
     """A trajectory as a list of steps for JSON; a candidate is [text, weight, p]."""
-    one = r.select(torch.tensor([row], device=r.kind.device))
-    slots = one.tokens, one.log_weights.exp(), one.log_pv.exp()
-    columns = one.representative, one.kind, one.thinking, one.entropy, *slots
-    found = []
-    for y, kind, thinking, H, *candidates in zip(*(x[0].tolist() for x in columns)):
-        found.append(
-            {
-                "read": tokenizer.decode([y]),
-                "kind": ("pad", "forced", "token", "mixed")[kind],
-                "thinking": thinking,
-                "entropy": H,
-                "candidates": [[tokenizer.decode([v]), w, p] for v, w, p in zip(*candidates) if w],
-            }
-        )
-    return found
+    slots = r.tokens, r.log_weights.exp(), r.log_pv.exp()
+    columns = r.representative, r.kind, r.thinking, r.entropy, *slots
+    columns = (x[row, : max(1, r.mask[row].sum())].tolist() for x in columns)
+    return [
+        {
+            "read": tokenizer.decode([y]),
+            "kind": ("pad", "forced", "token", "mixed")[kind],
+            "thinking": thinking,
+            "entropy": H,
+            "candidates": [[tokenizer.decode([v]), w, p] for v, w, p in zip(*candidates) if w],
+        }
+        for y, kind, thinking, H, *candidates in zip(*columns)
+    ]
 
 
 def finish(cfg, policy, tokenizer, before, after):
     """Writes the checkpoint and the result, and says what can be done with them."""
     policy.save_pretrained(f"{cfg.out}/checkpoint")
     tokenizer.save_pretrained(f"{cfg.out}/checkpoint")
-    result = asdict(cfg) | {"accuracy_before": before, "accuracy_after": after}
+    result = vars(cfg) | {"accuracy_before": before, "accuracy_after": after}
     write(cfg, "result.json", json.dumps(result, indent=1))
     print(f"{cfg.out}: accuracy {before:.3f} -> {after:.3f}")
     print(f"read it out:  python motg.py eval --model {cfg.out} --method single,{cfg.method}")
@@ -1422,23 +1439,31 @@ def pass_at_k(n, c, k) -> float:
 def evaluate(model, tokenizer, cfg, generator, tests, probes=False):
     """Sampled accuracy on problems: pass@k, standard error over problems, the probes' means."""
     generator.manual_seed(cfg.seed)
-    right, means, G, n = [], Counter(), cfg.chains, len(tests)
+    correct, means, G, n = [], Counter(), cfg.chains, len(tests)
     for part in (tests[i : i + 32] for i in range(0, n, 32)):  # so many prompts' caches fit
         r, parts = attempt(model, tokenizer, part, cfg, generator)
-        right += torch.tensor([p["correct"] for p in parts]).view(-1, G).sum(1).int().tolist()
+        correct += [row["correct"] for row in parts]
         means.update({name: value * len(part) / n for name, value in step_probes(r).items()})
-    result = {f"pass@{k}": sum(pass_at_k(G, c, k) for c in right) / n for k in range(1, G + 1)}
-    result["stderr"] = (torch.tensor(right) / G).std().item() / n**0.5 if n > 1 else math.nan
-    return result | means | {"problems": n} | (hidden_probes(model, r, cfg) if probes else {})
+    right = torch.tensor(correct).view(n, G).sum(1).int()  # (n,)
+    return {
+        **{
+            f"pass@{k}": sum(pass_at_k(G, c, k) for c in right.tolist()) / n
+            for k in range(1, G + 1)
+        },
+        "stderr": (right / G).std().item() / n**0.5 if n > 1 else math.nan,
+        **means,
+        "problems": n,
+        **(hidden_probes(model, r, cfg) if probes else {}),
+    }
 
 
-def evaluation(*configs):
+def compare(*configs):
     """`eval`: one model, read out by several methods side by side; adds to eval.jsonl."""
-    cfg, default = configs[0], asdict(make_config(smoke=configs[0].smoke))
+    cfg, default = configs[0], vars(make_config(smoke=configs[0].smoke))
     model, tokenizer = load_model(cfg, cfg.model or smoke_model(cfg))
     model.to(compute_dtype(model, cfg))
     tests, generator = test_problems(cfg, tokenizer), torch.Generator(model.device)
-    found = [asdict(c) | evaluate(model, tokenizer, c, generator, tests, True) for c in configs]
+    found = [vars(c) | evaluate(model, tokenizer, c, generator, tests, True) for c in configs]
     for name in found[0]:
         values = [row[name] for row in found]
         if any(value != default.get(name) for value in values):
@@ -1458,18 +1483,19 @@ def configs_of(command, given):
     out = f"runs/{command}-{names or 'dirichlet'}-{given.get('seed', 0)}"
     folder = Path(given.get("model" if command == "eval" else "out", out))
     folder = folder.parent if folder.name == "checkpoint" else folder
-    run, configs = {}, []
-    if (folder / "config.json").exists():
-        with refusing(f"{folder}/config.json is damaged"):
-            run = dict(json.loads((folder / "config.json").read_text()))
+    path, run, configs = folder / "config.json", {}, []
+    if path.exists():
+        with refusing(f"{path} is damaged"):
+            run = dict(json.loads(path.read_text()))
         if command == "eval" and "method" in run:  # a run's folder stands for its model
             given["model"] = str(folder / "checkpoint")
         elif command == "eval":  # it is a model's own
             run = {}
-    names = names or run.get("method", "dirichlet")
+    before = run.get("method", "dirichlet")
+    names = names or before
     for name in names.split(",") if command == "eval" else [names]:
         own = METHODS.get(name, {})
-        gone = {} if name == run.get("method") else METHODS.get(run.get("method"), {}) | own
+        gone = {} if name == before else METHODS.get(before, {}) | own
         kept = {key: x for key, x in run.items() if key not in gone}
         flags = {key: x for key, x in given.items() if "," not in names or key not in own}
         configs.append(make_config(**{"out": out} | kept | flags | {"method": name}))
@@ -1478,18 +1504,18 @@ def configs_of(command, given):
 
 def main(argv=None) -> int:
     """The command line; returns the exit status."""
-    comments = dict(re.findall(r"(\w+): \w+ = .*?  # (.*)", inspect.getsource(Config)))
+    comments = dict(re.findall(r"(\w+): \w+ = .*?  # (.*)", Path(__file__).read_text()))
     parser = argparse.ArgumentParser("motg.py", argument_default=argparse.SUPPRESS)
     parser.error = partial(require, False)  # one line, where argparse would print its usage too
     parser.add_argument("command", choices=("train", "eval"))
-    for f in fields(Config):
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        flags = {f"--{f.name}": 0, f"--{f.name.replace('_', '-')}": 0}
-        parser.add_argument(*flags, help=f"{comments[f.name]} [{f.default}]", **kind)
+    for name, kind in Config.__annotations__.items():
+        how = {"action": "store_true"} if kind is bool else {"type": kind}
+        flags = sorted({f"--{name}", f"--{name.replace('_', '-')}"})
+        parser.add_argument(*flags, help=f"{comments[name]} [{getattr(Config, name)}]", **how)
     try:
         given = vars(parser.parse_args(argv))
         command = given.pop("command")
-        {"train": train, "eval": evaluation}[command](*configs_of(command, given))
+        {"train": train, "eval": compare}[command](*configs_of(command, given))
     except (UserError, OSError, torch.OutOfMemoryError) as e:
         print(f"motg: {first_line(e)}", file=sys.stderr)
         return 2
