@@ -338,13 +338,9 @@ def step_logprob(logits, step, tag, cfg):
     if cfg.logprob == "weighted":
         w = log_w.detach().exp()  # a gradient through w could push a chosen token down
         return (w * log_p.gather(-1, tokens).masked_fill(empty, 0.0)).sum(-1)
-    candidates, weights = SAMPLING[cfg.sampling], AGGREGATION[cfg.aggregation]
-    mixed = kind == MIXED  # (...)
-    ends = tag.ends[matched] & mixed[..., None]  # (..., V)
-    log_go_on = log_p.masked_fill(ends, -INF).logsumexp(-1)  # (...) log(1 - p_end)
-    log_q = (log_p - log_go_on[..., None]).masked_fill(ends, -INF)  # (..., V) log p'
-    log_hat = log_q.gather(-1, tokens).masked_fill(empty, -INF).log_softmax(-1)  # (..., k)
-    score = log_go_on
+    candidates = SAMPLING[cfg.sampling]
+    weights = AGGREGATION[cfg.aggregation]
+    score, log_q, log_hat = going_on(log_p, step, tag)
     if candidates.logprob:
         score = score + candidates.logprob(log_q, tokens, cfg)
     elif not weights.reads_largest:  # y ~ Cat(w): how likely is one with the same consequences?
@@ -358,7 +354,18 @@ def step_logprob(logits, step, tag, cfg):
     if weights.logdensity:
         log_hat, log_w = log_hat.masked_fill(empty, 0.0), log_w.masked_fill(empty, 0.0)
         score = score + weights.logdensity(log_hat, log_w, ~empty, cfg)
-    return torch.where(mixed, score, log_y)
+    return torch.where(kind == MIXED, score, log_y)
+
+
+def going_on(log_p, step, tag):
+    """Of mixtures, when p is (..., V): log(1 - p_end) (...), log p' (..., V), log p^ (..., k)."""
+    ends = tag.ends[step.matched]  # (..., V)
+    ends = ends & (step.kind == MIXED)[..., None]
+    log_go_on = log_p.masked_fill(ends, -INF).logsumexp(-1)  # (...)
+    log_q = (log_p - log_go_on[..., None]).masked_fill(ends, -INF)  # (..., V)
+    log_qv = log_q.gather(-1, step.tokens)  # (..., k)
+    log_hat = log_qv.masked_fill(step.log_weights == -INF, -INF).log_softmax(-1)
+    return log_go_on, log_q, log_hat
 
 
 # ----------------------------------------------------------------------- 4. the end of a thought
@@ -544,8 +551,10 @@ class Decoder:
 
     def keep(self, rows):
         """Goes on with these rows (a LongTensor) alone; a row may come more than once."""
-        self.start, self.logits = self.start[rows], self.logits[rows]
-        self.matched, self.streak = self.matched[rows], self.streak[rows]
+        self.start = self.start[rows]
+        self.logits = self.logits[rows]
+        self.matched = self.matched[rows]
+        self.streak = self.streak[rows]
         self.attention_bias = self.attention_bias[rows]
         self.cache.reorder_cache(rows)
 
@@ -658,7 +667,8 @@ def completion_hidden(model, r, log_weights, cfg):
     """Hidden states (B, T, d) from which each step was predicted: embeddings, then each layer's."""
     _, chains = torch.unique_consecutive(r.prompt, return_counts=True)  # (n,) rows a prompt
     first = chains.cumsum(0) - chains  # (n,) the first of them
-    ids, mask = r.prompt_ids[first], r.prompt_mask[first]  # (n, P)
+    ids = r.prompt_ids[first]  # (n, P)
+    mask = r.prompt_mask[first]
     cache = transformers.DynamicCache(config=model.config)
     prompt = read_prompts(model, ids, mask, cache, output_hidden_states=True)
     cache.batch_repeat_interleave(chains)
@@ -679,24 +689,24 @@ def completion_hidden(model, r, log_weights, cfg):
 # w; pass n has it through n in a row. A thought of T steps needs T - 1 passes to be exact.
 def weights_of_p(logits, step, tag, cfg):
     """log w (N, k) of recorded Steps: the value is the record's, the gradient that of w(p)."""
-    weights, log_w = AGGREGATION[cfg.aggregation], step.log_weights
+    weights = AGGREGATION[cfg.aggregation]
     if weights.logdensity:  # they were drawn
-        return log_w
-    ends = tag.ends[step.matched] & (step.kind == MIXED)[:, None]  # (N, V)
-    log_q = token_distribution(logits.masked_fill(ends, -INF), cfg.temperature)  # log p'
-    empty = log_w == -INF  # (N, k)
-    log_hat = log_q.gather(-1, step.tokens).masked_fill(empty, -INF).log_softmax(-1)
+        return step.log_weights
+    log_p = step_distribution(logits, step.matched, tag, cfg)
+    _, log_q, log_hat = going_on(log_p, step, tag)  # (N, V), (N, k)
     of_p = weigh(log_hat, cfg)
     if weights.reweigh:
-        of_p = weights.reweigh(log_hat, log_q, slot_of(step.tokens, step.representative), cfg)
-    of_p = of_p.masked_fill(empty, 0.0)
-    return log_w + of_p - of_p.detach()
+        read = slot_of(step.tokens, step.representative)
+        of_p = weights.reweigh(log_hat, log_q, read, cfg)
+    of_p = of_p.masked_fill(step.log_weights == -INF, 0.0)
+    return step.log_weights + of_p - of_p.detach()
 
 
 def rollout_logprobs(model, rollout, cfg, micro_batch=None):
     """Log-probs (B, T) of every sampled step under `model`, with gradient; 0 elsewhere."""
     check_model(model)
-    r, sampled = rollout, rollout.sampled
+    r = rollout
+    sampled = r.sampled
     head = model.get_output_embeddings()
     if micro_batch:
         rows = torch.arange(len(sampled), device=sampled.device).split(micro_batch)
@@ -710,16 +720,18 @@ def rollout_logprobs(model, rollout, cfg, micro_batch=None):
         def of_chunk(hidden, *step):
             return function(head(hidden), Steps(*step), r.tag, cfg)
 
-        hidden = completion_hidden(model, r, log_weights, cfg)[-1][sampled]  # (N, d)
+        hidden = completion_hidden(model, r, log_weights, cfg)[-1]  # (B, T, d)
+        hidden = hidden[sampled]  # (N, d)
         size = max(1, LOGITS_CHUNK // len(head.weight))
         chunks = zip(*(x.split(size) for x in (hidden, *steps)))
         how = {"use_reentrant": False, "preserve_rng_state": False}
         return torch.cat([checkpoint(of_chunk, *chunk, **how) for chunk in chunks])
 
     log_weights = r.log_weights
+    passes = cfg.weight_passes if head.weight.requires_grad else 0
     bf16 = compute_dtype(model, cfg) == torch.bfloat16
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        for _ in range(cfg.weight_passes if head.weight.requires_grad else 0):
+        for _ in range(passes):
             of_p = in_chunks(weights_of_p, log_weights)  # (N, k)
             log_weights = r.log_weights.masked_scatter(sampled[..., None], of_p)
         scores = in_chunks(step_logprob, log_weights)  # (N,)
@@ -750,7 +762,8 @@ def grpo_loss(logprob, old_logprob, ref_logprob, advantages, mask, cfg, chains=N
     if cfg.loss_average == "token":  # the mean of all sampled steps
         weight = mask / (tokens or mask.sum().clamp(min=1))  # (B, T)
     else:  # the mean of a chain's steps, and then of the chains
-        weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / (chains or len(mask))
+        weight = mask / mask.sum(1, keepdim=True).clamp(min=1)  # (B, T)
+        weight = weight / (chains or len(mask))
     A = advantages[:, None]  # (B, 1)
     ratio = (logprob - old_logprob).masked_fill(mask == 0, 0.0).exp()  # (B, T)
     free = ratio * A
@@ -763,7 +776,8 @@ def grpo_loss(logprob, old_logprob, ref_logprob, advantages, mask, cfg, chains=N
         "kl": weight * kl,
         "clipped": weight * (free > clipped),
     }
-    return parts["loss"].sum(), {name: x.sum().item() for name, x in parts.items()}
+    means = {name: x.sum().item() for name, x in parts.items()}
+    return parts["loss"].sum(), means
 
 
 # --------------------------------------------------------------------------- 8. the training loop

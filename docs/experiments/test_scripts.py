@@ -1,5 +1,7 @@
 """Tests of the scripts in this folder that have no test file of their own."""
 
+import json
+import math
 import random
 import re
 import sys
@@ -19,7 +21,9 @@ import enumeration as plain
 import evidence
 import paths
 import plot
+import probes
 import real
+import temperatures
 from enumeration import motg
 
 
@@ -250,3 +254,101 @@ def test_motgs_side_of_the_comparison_trains(folder):
         seconds, policy, _ = against_trl.trained_by_motg(cfg, None)
     moved = [not torch.equal(p, q) for p, q in zip(before.parameters(), policy.parameters())]
     assert seconds > 0 and any(moved)
+
+
+# ---------------------------------------------------------------------------------- temperatures.py
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Results of runs of temperatures.py: keep(run, accuracy)."""
+    monkeypatch.setattr(temperatures, "RESULTS", tmp_path)
+
+    def keep(run, accuracy):
+        run.path.write_text(json.dumps({"after, own": {"pass@1": accuracy}}))
+
+    return keep
+
+
+def test_the_best_temperature_and_rate_are_those_of_the_choosing_seeds(results):
+    Run, seeds = temperatures.Run, temperatures.CHOOSE
+    assert temperatures.best("single") == (0.3, temperatures.RATE)  # nothing is measured yet
+    for seed in seeds:
+        for T in temperatures.TEMPERATURES:
+            results(Run("single", T, seed), 0.7 - abs(T - 0.5) - 0.01 * seed)
+    for seed in temperatures.COMPARE:  # these must not choose
+        results(Run("single", 1.1, seed), 0.99)
+    assert temperatures.best("single") == (0.5, temperatures.RATE)
+    low, _, high = temperatures.RATES
+    for seed in seeds:
+        results(Run("single", 0.5, seed, low), 0.6)
+        results(Run("single", 0.5, seed, high), 0.75)
+    assert temperatures.best("single") == (0.5, high)
+
+
+def test_a_file_is_named_by_its_run_and_every_run_is_a_config(results):
+    runs = [run for stage in temperatures.stages() for run in stage]
+    assert len({run.path for run in runs}) == len(set(runs)) > 100
+    for run in runs:
+        how = temperatures.METHODS[run.name]
+        motg.make_config(smoke=True, temperature=run.temperature, lr=run.rate, **how)
+
+
+# ---------------------------------------------------------------------------------------- probes.py
+def test_the_jensen_shannon_divergence_is_that_of_the_formula():
+    p = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
+    q = torch.tensor([[0.5, 0.0, 0.5], [0.0, 0.0, 1.0]])
+    want = torch.tensor([0.5 * math.log(2), math.log(2)])
+    got = probes.jensen_shannon(p.log(), q.log())
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(got, probes.jensen_shannon(q.log(), p.log()))
+
+
+def test_the_next_p_of_a_mixture_and_of_its_tokens_alone_against_whole_passes():
+    """By a pass over the whole sequence for each step and each of the three inputs."""
+    cfg = motg.make_config("dirichlet", chains=3, max_new_tokens=4, temperature=0.7)
+    model, tokenizer = plain.random_model(plain.FIVE, head=0.3), plain.FIVE
+    r = motg.rollout(model, tokenizer, ["ab", "c"], cfg, plain.seeded(1))
+    table, sums, steps = model.get_input_embeddings().weight, Counter(), 0
+    fed = motg.mixture_embedding(table, r.tokens, r.log_weights)
+    for row, t in r.mixed.nonzero().tolist():
+        w = r.log_weights[row, t].exp()
+        if w.min() < probes.BINS[0]:
+            continue
+        tokens = r.tokens[row, t][w.argsort(descending=True)]
+        prompt = table[r.prompt_ids[row][r.prompt_mask[row]]]
+        log_p = []
+        for last in (fed[row, t], table[tokens[0]], table[tokens[1]]):
+            x = torch.cat([prompt, fed[row, :t], last[None]])[None]
+            logits = model(inputs_embeds=x).logits[0, -1].detach()
+            log_p.append(motg.token_distribution(logits, cfg.temperature))
+        sums["mixture, largest"] += probes.jensen_shannon(log_p[0], log_p[1]).item()
+        sums["mixture, second"] += probes.jensen_shannon(log_p[0], log_p[2]).item()
+        sums["largest, second"] += probes.jensen_shannon(log_p[1], log_p[2]).item()
+        sums["as largest"] += (log_p[0].argmax() == log_p[1].argmax()).item()
+        steps += 1
+    found = probes.divergences(model, r, cfg)
+    assert sum(part["steps"] for part in found) == steps > 5
+    for name, total in sums.items():
+        got = sum(part["steps"] * part.get(name, 0) for part in found)
+        assert got == pytest.approx(total, abs=1e-4), name
+
+
+@pytest.mark.parametrize("of", ["thoughts", "answers"])
+def test_the_variance_of_rewards_is_found_where_it_is(of, monkeypatch):
+    """Rewards that the thought decides, and rewards that the answer's first character decides."""
+    cfg = motg.make_config("single", chains=8, end="steps", end_steps=2, max_new_tokens=8)
+    model, tokenizer = plain.random_model(plain.FIVE, head=0.1), plain.FIVE
+    r = motg.rollout(model, tokenizer, ["ab", "c", "bc"], cfg, plain.seeded(2))
+    table = {"a": 1.0}
+
+    def rewards(problems, texts):
+        parts = [text.partition("</think>") for text in texts]
+        keys = [thought if of == "thoughts" else reply for thought, _, reply in parts]
+        return [{"correct": table.get(key[:1], 0.0)} for key in keys]
+
+    monkeypatch.setattr(motg, "rewards", rewards)
+    torch.manual_seed(0)
+    found = probes.reward_variance(model, tokenizer, r, [None] * 24, cfg, answers=32)
+    other = "answers" if of == "thoughts" else "thoughts"
+    assert found[of] > 0.05 and abs(found[other]) < 0.02
+    if of == "thoughts":
+        assert found["answers"] == 0

@@ -1,0 +1,211 @@
+"""Two probes of trained models: what a mixture does to the next step, and where rewards vary.
+
+    python docs/experiments/probes.py                   the models of temperatures.py, five seeds
+    python docs/experiments/probes.py --model FOLDER    one model, such as SmolLM2's
+    python docs/experiments/probes.py --table           what the results say
+
+Does a model treat a mixture as its largest token? At each thinking step that fed a mixture, the
+next p is computed three times behind the same steps: for the mixture, for its largest token alone,
+and for its second. Their Jensen-Shannon divergences are in nats, 0 to log 2.
+
+Where do rewards vary? Of each problem there are 8 thoughts, and of each thought 8 answers.
+`thoughts` is the variance of a thought's mean over answers, `answers` that of the answers to one
+thought, both unbiased, mean over problems. Results go to docs/experiments/results/probes; a model
+whose result is there is not read again.
+"""
+
+import argparse
+import json
+import math
+import sys
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+
+import torch
+import transformers
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import temperatures  # noqa: E402
+from temperatures import motg  # noqa: E402
+
+RESULTS = HERE / "results/probes"
+BINS = (0.1, 0.2, 0.3, 0.4, 0.51)  # of the second weight; below them a step is nearly one token
+MIXES = ("dirichlet", "different-tokens", "soft-thinking")  # whose k is 2
+
+
+def jensen_shannon(log_p, log_q):
+    """JS divergence (...) of two distributions (..., V), in nats."""
+    middle = torch.logaddexp(log_p, log_q) - math.log(2)
+    kl = [(x.exp() * (x - middle)).nansum(-1) for x in (log_p, log_q)]
+    return (kl[0] + kl[1]) / 2
+
+
+@torch.no_grad()
+def divergences(model, r, cfg):
+    """Means over steps by their second weight, a dict for each of BINS: the JS divergences of the
+    next p, and how often its likeliest token is the one that the largest token alone, or the second
+    alone, would make likeliest."""
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    fed = motg.mixture_embedding(table, r.tokens, r.log_weights, cfg.aggregation)  # (B, T, d)
+    log_w, order = r.log_weights.sort(-1, descending=True)
+    tokens = r.tokens.gather(-1, order)  # (B, T, k) the largest weight first
+    P, T = r.prompt_ids.shape[1], r.mask.shape[1]
+    visible = torch.nn.functional.pad(r.prompt_mask, (0, T), value=True)  # (B, P + T)
+    cache = transformers.DynamicCache(config=model.config)
+    motg.read_prompts(model, r.prompt_ids, r.prompt_mask, cache)
+    rows = []  # a row of numbers for each mixed step
+    for t in range(T):
+        after = []
+        for inputs in (table[tokens[:, t, 1]], table[tokens[:, t, 0]], fed[:, t]):
+            if after:
+                cache.crop(-1)  # without what was tried before
+            out = motg.forward(model, inputs[:, None], visible[:, : P + t + 1], cache)
+            logits = head(out.last_hidden_state[:, -1])
+            after.append(motg.token_distribution(logits, cfg.temperature))  # (B, V)
+        second, largest, mixture = after
+        top = mixture.argmax(-1)
+        columns = (
+            log_w[:, t, 1].exp(),
+            jensen_shannon(mixture, largest),
+            jensen_shannon(mixture, second),
+            jensen_shannon(largest, second),
+            top == largest.argmax(-1),
+            top == second.argmax(-1),
+        )
+        rows += torch.stack([x.float() for x in columns], -1)[r.mixed[:, t]].tolist()
+    names = ("second weight", "mixture, largest", "mixture, second", "largest, second")
+    names += ("as largest", "as second")
+    found = []
+    for low, high in pairwise(BINS):
+        inside = [row for row in rows if low <= row[0] < high]
+        means = {name: mean(x) for name, x in zip(names, zip(*inside))}
+        found.append({"from": low, "to": high, "steps": len(inside), **means})
+    return found
+
+
+@torch.no_grad()
+def reward_variance(model, tokenizer, r, problems, cfg, answers=8):
+    """The variance of `correct` between thoughts and between the answers to one thought. `problems`
+    has one entry a row of the Rollout r."""
+    table = model.get_input_embeddings().weight
+    fed = motg.mixture_embedding(table, r.tokens, r.log_weights, cfg.aggregation)  # (B, T, d)
+    length = r.thinking.sum(1)  # (B,) with the step that ends the thought
+    closed = ((r.matched >= motg.ANSWER) & r.mask).any(1)  # (B,) an answer has begun
+    prompts = table[r.prompt_ids]  # (B, P, d)
+    P, longest = prompts.shape[1], int(length.max())
+    embeds = table.new_zeros(len(fed), P + longest, table.shape[1])
+    mask = torch.zeros(embeds.shape[:2], dtype=torch.long)
+    for row, n in enumerate(length.tolist()):  # padded on the left
+        embeds[row, longest - n :] = torch.cat([prompts[row], fed[row, :n]])
+        mask[row, longest - n :] = torch.cat([r.prompt_mask[row].long(), torch.ones(n).long()])
+    T = cfg.answer_temperature or cfg.temperature
+    how = {"do_sample": True, "temperature": T, "top_k": 0, "top_p": 1.0, "max_new_tokens": 16}
+    new = model.generate(
+        inputs_embeds=embeds, attention_mask=mask, num_return_sequences=answers, **how
+    )
+    texts, repeated = [], []
+    for row, n in enumerate(length.tolist()):
+        thought = tokenizer.decode(r.representative[row, :n])
+        for reply in new[row * answers : (row + 1) * answers]:
+            texts.append(thought + tokenizer.decode(reply, skip_special_tokens=True))
+            repeated.append(problems[row])
+    correct = torch.tensor([part["correct"] for part in motg.rewards(repeated, texts)])
+    correct = correct.view(-1, cfg.chains, answers) * closed.view(-1, cfg.chains, 1)  # (n, G, M)
+    within = correct.var(-1).mean(-1)  # (n,)
+    between = correct.mean(-1).var(-1) - within / answers
+    return {
+        "accuracy": correct.mean().item(),
+        "thoughts": between.mean().item(),
+        "answers": within.mean().item(),
+    }
+
+
+def probe(model, tokenizer, cfg):
+    """Both probes of one model as one method reads it."""
+    tests = motg.test_problems(cfg, tokenizer)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    r, _ = motg.attempt(model, tokenizer, tests, cfg, generator)
+    problems = [test for test in tests for _ in range(cfg.chains)]
+    found = reward_variance(model, tokenizer, r, problems, cfg)
+    return found | {"steps": divergences(model, r, cfg) if cfg.k > 1 else []}
+
+
+def keep(name, found):
+    """A result, written whole."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.with_suffix(".new").write_text(json.dumps(found) + "\n")
+    path.with_suffix(".new").rename(path)
+
+
+def smoke_models(temperature=0.9):
+    """Bases and models of temperatures.py, each read as it was trained, and the bases by all."""
+    for seed in temperatures.COMPARE:
+        for name in ("single", *MIXES):
+            how = temperatures.METHODS[name] | {"temperature": temperature}
+            cfg = motg.make_config(smoke=True, seed=seed, eval_problems=64, **how)
+            run = temperatures.Run(name, temperature, seed)
+            folders = {"before": temperatures.base_of(seed)}
+            folders["after"] = str(temperatures.RUNS / run.path.stem / "checkpoint")
+            for when, folder in folders.items():
+                result = f"{when}-{name}.{seed}"
+                if Path(folder).exists() and not (RESULTS / f"{result}.json").exists():
+                    keep(result, probe(*motg.load_model(cfg, folder), cfg))
+                    print(result, flush=True)
+
+
+def groups():
+    """{model and method: its results, one a seed}."""
+    found = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        found.setdefault(path.name.split(".")[0], []).append(json.loads(path.read_text()))
+    return found
+
+
+def table():
+    """Means over seeds, in Markdown."""
+    names = ("accuracy", "thoughts", "answers")
+    print("| | seeds | " + " | ".join(names) + " |")
+    print("|---" * (len(names) + 2) + "|")
+    for group, found in groups().items():
+        cells = (f"{mean(row[name] for row in found):.3f}" for name in names)
+        print(f"| {group} | {len(found)} | " + " | ".join(cells) + " |")
+    names = ("mixture, largest", "mixture, second", "largest, second", "as largest", "as second")
+    print("\n| | second weight | steps | " + " | ".join(names) + " |")
+    print("|---" * (len(names) + 3) + "|")
+    for group, found in groups().items():
+        for parts in zip(*(row["steps"] for row in found)):
+            steps = sum(part["steps"] for part in parts)
+            if steps:
+                cells = (
+                    sum(part["steps"] * part.get(name, 0) for part in parts) / steps
+                    for name in names
+                )
+                row = " | ".join(f"{cell:.4f}" for cell in cells)
+                low, high = parts[0]["from"], min(0.5, parts[0]["to"])
+                print(f"| {group} | {low} to {high} | {steps} | {row} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", action="store_true", help="print the results")
+    parser.add_argument("--model", help="a folder; read by the three mixtures and by single tokens")
+    parser.add_argument("--name", default="real", help="of that model's results")
+    parser.add_argument("--settings", default="{}", help="motg's settings for it, as JSON")
+    a = parser.parse_args()
+    if a.table:
+        table()
+    elif a.model:
+        for name in ("single", *MIXES):
+            how = temperatures.METHODS[name] | json.loads(a.settings)
+            cfg = motg.make_config(device="cpu", model=a.model, **how)
+            keep(f"{a.name}-{name}.0", probe(*motg.load_model(cfg, a.model), cfg))
+    else:
+        torch.set_num_threads(1)
+        smoke_models()
+
+
+if __name__ == "__main__":
+    main()
