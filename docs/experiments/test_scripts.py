@@ -271,9 +271,11 @@ def results(tmp_path, monkeypatch):
 def test_the_best_temperature_and_rate_are_those_of_the_choosing_seeds(results):
     Run, seeds = temperatures.Run, temperatures.CHOOSE
     assert temperatures.best("single") == (0.3, temperatures.RATE)  # nothing is measured yet
-    for seed in seeds:
-        for T in temperatures.TEMPERATURES:
-            results(Run("single", T, seed), 0.7 - abs(T - 0.5) - 0.01 * seed)
+    for T in temperatures.TEMPERATURES:
+        results(Run("single", T, 0), 0.7 - abs(T - 0.6))
+    assert set(temperatures.three_best("single")) == {0.5, 0.7, 0.9}
+    for T, accuracy in ((0.5, 0.6), (0.7, 0.5), (0.9, 0.6)):
+        results(Run("single", T, 1), accuracy)
     for seed in temperatures.COMPARE:  # these must not choose
         results(Run("single", 1.1, seed), 0.99)
     assert temperatures.best("single") == (0.5, temperatures.RATE)
