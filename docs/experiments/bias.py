@@ -1,13 +1,13 @@
 """Bias and variance of the policy gradient under each score, on a problem that can be enumerated.
 
-    python docs/experiments/bias.py    docs/experiments/results/bias_with_answer.json, ten minutes
+    python docs/experiments/bias.py    docs/experiments/results/bias.json, ten minutes
 
 A random transformers model with five tokens thinks for two steps, at most, and writes the rest of
 four tokens as an answer, which is right if its last token is `a`. Where only tokens are drawn,
 every trajectory is listed with its probability (enumeration.py), and the true gradient of the
 expected reward is known. For drawn weights it is estimated from 200,000 trajectories by the exact
 score, which is unbiased there; `noise` says how well: the relative difference of two halves,
-divided by 2. The first edition's problem (results/bias.json, commit e556bde) had no answer: it read
+divided by 2. The first edition (commit e556bde) had a problem without an answer: it read
 the last token of a mixture, which `weighted` does not credit.
 """
 
@@ -165,7 +165,7 @@ def main():
         "--samples", type=int, default=20_000, help="ten times, for the truth there"
     )
     parser.add_argument("--groups", type=int, default=2000)
-    parser.add_argument("--json", type=Path, default=HERE / "results/bias_with_answer.json")
+    parser.add_argument("--json", type=Path, default=HERE / "results/bias.json")
     a = parser.parse_args()
     torch.set_num_threads(1)
     rows = []

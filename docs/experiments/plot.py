@@ -1,12 +1,10 @@
-"""Tables and figures of the first edition's pages, from the results that are kept.
+"""Tables and figures of docs/evidence.md, docs/evidence_tables.md and docs/real.md.
 
     python docs/experiments/plot.py           fills in the tables and draws the figures (matplotlib)
-    python docs/experiments/plot.py --tables  the tables only, which needs no package
+    python docs/experiments/plot.py --tables  the tables only
 
-docs/real.md has all of its tables from here, docs/evidence.md those of bias and of TRL; the results
-behind its other tables are in the history, at commit e556bde. evidence.py and bias.py use the
-functions here for their own tables. Intervals are 95%, of Student's t over seeds. A difference is
-paired: runs of the same seed had the same problems.
+Everything comes from docs/experiments/results. Intervals are 95%, of Student's t over seeds. A
+difference is paired: runs of the same seed had the same base and the same problems.
 """
 
 import json
@@ -16,6 +14,10 @@ from pathlib import Path
 from statistics import mean, stdev
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import probes  # noqa: E402
+import temperatures  # noqa: E402
+
 DOCS, RESULTS = HERE.parent, HERE / "results"
 METHODS = ("single", "dirichlet", "different-tokens")
 STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
@@ -192,12 +194,69 @@ def real_tables():
     return {name: make(bases, runs) for name, make in makers.items()}
 
 
+# --------------------------------------------------------------------------------- the evidence
+def ends(path=RESULTS / "ends.json"):
+    """Both ways to end a thought, by method and score."""
+    rows = []
+    for name, found in json.loads(path.read_text())["runs"].items():
+        method, score, passes = name.rsplit("-", 2)
+        cells = [shown(found[code]["after"]) for code in ("old", "new")]
+        worst = [f"{min(found[code]['after']):.2f}" for code in ("old", "new")]
+        more = ", one pass" if passes == "1" else ""
+        rows.append([f"`{method}`, {score}{more}", cells[0], worst[0], cells[1], worst[1]])
+    header = ["", "mixed first", "worst seed", "the end drawn apart", "worst seed"]
+    return markdown(header, sorted(rows))
+
+
+def least_sum_table(variants, reads, key="right"):
+    """Accuracy in the world of least_sum.py: read-outs (rows) of bases and trained models."""
+    models = {}
+    for name in variants:
+        paths = sorted((RESULTS / "least_sum").glob(f"{name.replace(' ', '-')}.[0-9].json"))
+        models[name] = [json.loads(path.read_text())["read_out"] for path in paths]
+    rows = []
+    for read in reads:
+        found = [[x[read][key] for x in models[name] if read in x] for name in variants]
+        rows.append([read, *(shown(values) for values in found)])
+    header = [f"{name} ({len(models[name])})" for name in variants]
+    return markdown(["read with", *header], rows)
+
+
+BASES = ("base soft", "base random", "base soft steps=3000", "base random steps=3000")
+LEARNERS = ("single", "multiplex", "different-tokens", "soft-thinking")
+READS = ("single T=1", "single T=0.1", "different-tokens k=8", "multiplex k=8")
+READS += ("soft-thinking k=16",)
+
+
 def evidence_tables():
-    """The same for docs/evidence.md, as far as its results are kept."""
-    return {"bias": bias(), "trl": against_trl()}
+    """{name of a marker in docs/evidence.md: its table}."""
+    return {
+        "best": temperatures.comparison_table(),
+        "paper": temperatures.comparison_table(0.9),
+        "cross": temperatures.cross_table(),
+        "least": least_sum_table(BASES, READS),
+        "learned": least_sum_table([f"grpo {name}" for name in LEARNERS], (*READS, "own")),
+        "alone": probes.step_table(),
+        "variance": probes.variance_table(),
+    }
 
 
-DOCUMENTS = {"evidence.md": evidence_tables, "real.md": real_tables}
+def all_tables():
+    """The same for docs/evidence_tables.md."""
+    ks = (2, 4, 8, 16, 32)
+    rules = ("soft-thinking", "different-tokens", "dirichlet", "multiplex", "cot2")
+    reads = [f"{rule} k={k}" for rule in rules for k in ks]
+    return {
+        "choice": temperatures.choice_table(),
+        "ends": ends(),
+        "bias": bias(),
+        "by_k": least_sum_table(("base soft",), reads),
+        "trl": against_trl(),
+    }
+
+
+DOCUMENTS = {"evidence.md": evidence_tables, "evidence_tables.md": all_tables}
+DOCUMENTS["real.md"] = real_tables
 
 
 def filled(text, tables):
@@ -283,6 +342,7 @@ def main():
 
         bias_and_variance(pyplot)
         real_figure(pyplot)
+        temperatures.draw()
 
 
 if __name__ == "__main__":

@@ -164,28 +164,36 @@ def groups():
     return found
 
 
-def table():
-    """Means over seeds, in Markdown."""
-    names = ("accuracy", "thoughts", "answers")
-    print("| | seeds | " + " | ".join(names) + " |")
-    print("|---" * (len(names) + 2) + "|")
+def variance_table():
+    """Where rewards vary, mean over seeds; models and methods as rows."""
+    rows = []
     for group, found in groups().items():
-        cells = (f"{mean(row[name] for row in found):.3f}" for name in names)
-        print(f"| {group} | {len(found)} | " + " | ".join(cells) + " |")
+        means = [mean(row[name] for row in found) for name in ("accuracy", "thoughts", "answers")]
+        cells = [f"{x:.3f}" for x in means]
+        share = means[2] / (means[1] + means[2])
+        rows.append([group.replace("-", ", ", 1), len(found), *cells, f"{100 * share:.0f}%"])
+    header = ["model, method", "seeds", "right", "between thoughts", "between answers"]
+    return temperatures.markdown([*header, "share of the answers"], rows)
+
+
+def step_table():
+    """What a mixture does to the next step, by its second weight."""
     names = ("mixture, largest", "mixture, second", "largest, second", "as largest", "as second")
-    print("\n| | second weight | steps | " + " | ".join(names) + " |")
-    print("|---" * (len(names) + 3) + "|")
+    rows = []
     for group, found in groups().items():
         for parts in zip(*(row["steps"] for row in found)):
             steps = sum(part["steps"] for part in parts)
-            if steps:
-                cells = (
+            if steps >= 50:
+                cells = [
                     sum(part["steps"] * part.get(name, 0) for part in parts) / steps
                     for name in names
-                )
-                row = " | ".join(f"{cell:.4f}" for cell in cells)
-                low, high = parts[0]["from"], min(0.5, parts[0]["to"])
-                print(f"| {group} | {low} to {high} | {steps} | {row} |")
+                ]
+                span = f"{parts[0]['from']} to {min(0.5, parts[0]['to'])}"
+                cells = [f"{x:.3f}" for x in cells[:3]] + [f"{100 * x:.0f}%" for x in cells[3:]]
+                rows.append([group.replace("-", ", ", 1), span, steps, *cells])
+    header = ["model, method", "second weight", "steps", "JS to the largest", "JS to the second"]
+    header += ["JS of the two", "likeliest as for the largest", "as for the second"]
+    return temperatures.markdown(header, rows)
 
 
 def main():
@@ -196,7 +204,7 @@ def main():
     parser.add_argument("--settings", default="{}", help="motg's settings for it, as JSON")
     a = parser.parse_args()
     if a.table:
-        table()
+        print(variance_table(), step_table(), sep="\n\n")
     elif a.model:
         for name in ("single", *MIXES):
             how = temperatures.METHODS[name] | json.loads(a.settings)

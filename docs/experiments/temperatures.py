@@ -8,8 +8,8 @@ A run is a method, a temperature, a learning rate and a seed. The seed makes the
 of its own), the problems and the sampling. It trains for 80 steps and leaves one JSON file in
 docs/experiments/results/temperatures; one that is there is not repeated.
 
-Seeds 0 and 1 choose, on 250 test problems x 8 chains: seed 0 each method at six temperatures, seed
-1 at the best three of these, then both at the best one with half and twice the rate. Seeds 2 to 6
+Seeds 0 and 1 choose, on 250 test problems x 8 chains: seed 0 each method at all temperatures, seed
+1 at the best two of these, then seed 0 at the better one with half and twice the rate. Seeds 2 to 6
 compare: each method at what was chosen and at T = 0.9, read before and after on 1,000 problems, and
 also by single tokens at T = 0.9 and 0.1. A choosing run takes about two minutes on one thread of an
 AMD EPYC without bf16, a comparing one about three.
@@ -175,57 +175,138 @@ def best(name):
     if not mark:
         return 0.3, RATE
     T = max(mark, key=lambda T: mean(mark[T]))
-    mark = {rate: accuracies([Run(name, T, s, rate) for s in CHOOSE]) for rate in RATES}
+    mark = {rate: accuracies([Run(name, T, CHOOSE[0], rate)]) for rate in RATES}
     return T, max(mark, key=lambda rate: mean(mark[rate] or [0]))
 
 
-def three_best(name):
+def two_best(name):
     """The temperatures that the first seed likes best."""
     first = {T: accuracies([Run(name, T, CHOOSE[0])]) for T in TEMPERATURES}
-    return sorted(first, key=lambda T: -mean(first[T] or [0]))[:3]
+    return sorted(first, key=lambda T: -mean(first[T] or [0]))[:2]
 
 
 def stages():
     """The runs, stage by stage: a stage needs the results of those before it."""
     first, *others = CHOOSE
-    yield [Run(name, T, first) for T in TEMPERATURES for name in METHODS]
-    yield [Run(name, T, seed) for seed in others for name in METHODS for T in three_best(name)]
-    yield [Run(name, best(name)[0], seed) for seed in COMPARE for name in METHODS]
-    yield [Run(name, 0.9, seed) for seed in COMPARE for name in METHODS]
-    yield [Run(n, best(n)[0], s, rate) for s in CHOOSE for rate in RATES for n in METHODS]
+    yield [Run(name, T, first) for T in TEMPERATURES[:-1] for name in METHODS]
+    yield [Run(name, T, seed) for seed in others for name in METHODS for T in two_best(name)]
+    yield [Run(name, best(name)[0], first, rate) for name in METHODS for rate in RATES]
     yield [Run(name, best(name)[0], s, best(name)[1]) for s in COMPARE for name in METHODS]
+    yield [Run(name, 0.9, seed) for seed in COMPARE for name in METHODS]
+    yield [Run(name, TEMPERATURES[-1], first) for name in METHODS]
     yield [Run(name, best(name)[0], seed, steps=400) for seed in COMPARE for name in LONG]
 
 
-def interval(values):
-    """'mean ± 95% interval (number of seeds)'."""
+def interval(values, sign=""):
+    """'mean ± half of a 95% interval over seeds', or the mean alone of one."""
     if len(values) < 2:
-        return f"{values[0]:.3f} (1)" if values else ""
-    half = T95.get(len(values), 2.78) * stdev(values) / len(values) ** 0.5
-    return f"{mean(values):.3f} ± {half:.3f} ({len(values)})"
+        return f"{values[0]:{sign}.3f}" if values else ""
+    half = T95[len(values)] * stdev(values) / len(values) ** 0.5
+    return f"{mean(values):{sign}.3f} ± {half:.3f}"
+
+
+def markdown(header, rows):
+    """A table of strings."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def choice_table():
+    """Of the choosing seeds, by temperature, and by rate at the best one."""
+    rows = []
+    for name in METHODS:
+        T, rate = best(name)
+        runs = [[Run(name, T, s) for s in CHOOSE] for T in TEMPERATURES]
+        runs += [[Run(name, T, s, rate) for s in CHOOSE] for rate in (RATES[0], RATES[2])]
+        cells = [", ".join(f"{x:.3f}" for x in accuracies(cell)) for cell in runs]
+        rows.append([f"`{name}`", *cells, f"T = {T}, {rate:g}"])
+    header = [f"T = {T}" for T in TEMPERATURES]
+    header += [f"best T, {rate:g}" for rate in (RATES[0], RATES[2])]
+    return markdown(["", *header, "chosen"], rows)
+
+
+def compared(name, temperature=None):
+    """The comparing runs of a method at its best, or at one temperature."""
+    T, rate = best(name) if temperature is None else (temperature, RATE)
+    return [Run(name, T, seed, rate) for seed in COMPARE]
+
+
+def differences(runs, others, read="after, own", other_read="after, own", key="pass@1"):
+    """run minus other, seed by seed, where both are there."""
+    both = [(a.result(), b.result()) for a, b in zip(runs, others)]
+    return [x[read][key] - y[other_read][key] for x, y in both if x and y]
+
+
+def comparison_table(temperature=None):
+    """Of the comparing seeds: before, after, minus `single`, pass@8, and other ways to read."""
+    rows, single = [], compared("single", temperature)
+    for name in METHODS:
+        runs = compared(name, temperature)
+        T, rate = runs[0].temperature, runs[0].rate
+        cells = [interval(accuracies(runs, read)) for read in ("before, own", "after, own")]
+        cells.append("" if name == "single" else interval(differences(runs, single), "+"))
+        for key in ("pass@4", "pass@8"):
+            cells.append(interval(accuracies(runs, key=key)))
+        for read in ("after, single T=0.9", "after, single T=0.1"):
+            cells.append(interval(accuracies(runs, read)))
+        seeds = len(accuracies(runs))
+        rows.append([f"`{name}`", T, f"{rate:g}", seeds, *cells])
+    header = ["", "T", "rate", "seeds", "before", "after", "minus `single`", "pass@4", "pass@8"]
+    return markdown([*header, "read by `single` T = 0.9", "T = 0.1"], rows)
+
+
+def cross_table():
+    """A model that `single` has trained, read by each method, beside the method's own model."""
+    rows = []
+    for temperature in dict.fromkeys((0.9, best("single")[0])):
+        paths = {seed: cross_path(temperature, seed) for seed in COMPARE}
+        read = {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
+        for name in METHODS:
+            own = compared(name, 0.9 if temperature == 0.9 else None)
+            own = {run.seed: run.result() for run in own}
+            both = [seed for seed in read if own.get(seed)]
+            mine = [own[seed]["after, own"]["pass@1"] for seed in both]
+            other = [read[seed][name]["pass@1"] for seed in both]
+            minus = [x - y for x, y in zip(mine, other)]
+            T = read[both[0]][name]["temperature"] if both else ""
+            cells = [interval(other), interval(mine), interval(minus, "+")]
+            rows.append([f"T = {temperature}", f"`{name}`, T = {T}", len(both), *cells])
+    header = ["`single` trained at", "both read by", "seeds", "trained by `single`"]
+    return markdown([*header, "trained by that method", "difference"], rows)
 
 
 def table():
-    """Prints the Markdown tables: the choice, then the comparison."""
-    print("The choosing seeds, read as trained:\n")
-    print("| | " + " | ".join(f"T = {T}" for T in TEMPERATURES) + " | chosen |")
-    print("|---" * (len(TEMPERATURES) + 2) + "|")
-    for name in METHODS:
-        cells = [accuracies([Run(name, T, s) for s in CHOOSE]) for T in TEMPERATURES]
-        texts = [", ".join(f"{value:.3f}" for value in values) for values in cells]
-        T, rate = best(name)
-        print(f"| `{name}` | " + " | ".join(texts) + f" | T = {T}, {rate:g} |")
-    reads = ("before, own", "after, own", "after, single T=0.9", "after, single T=0.1")
-    for title, temperature in (("at its best", None), ("at T = 0.9", 0.9)):
-        print(f"\nThe comparing seeds, each method {title}:\n")
-        print("| | " + " | ".join((*reads, "pass@8")) + " |")
-        print("|---" * 6 + "|")
-        for name in METHODS:
-            T, rate = (temperature, RATE) if temperature else best(name)
-            runs = [Run(name, T, seed, rate) for seed in COMPARE]
-            cells = [interval(accuracies(runs, read)) for read in reads]
-            cells.append(interval(accuracies(runs, key="pass@8")))
-            print(f"| `{name}`, T = {T}, {rate:g} | " + " | ".join(cells) + " |")
+    """Prints all of them."""
+    for title, rows in (
+        ("The choosing seeds, read as trained", choice_table()),
+        ("The comparing seeds, each method at its best", comparison_table()),
+        ("The comparing seeds at T = 0.9", comparison_table(0.9)),
+        ("Training or reading", cross_table()),
+    ):
+        print(f"\n{title}:\n\n{rows}")
+
+
+def draw(path=HERE.parent / "figures/temperatures.png"):
+    """Accuracy against T, a line a method; points with intervals are the comparing seeds."""
+    from matplotlib import pyplot as plt  # only who draws needs it
+
+    figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    for n, name in enumerate(METHODS):
+        first = [accuracies([Run(name, T, CHOOSE[0])]) for T in TEMPERATURES]
+        points = [(T, values[0]) for T, values in zip(TEMPERATURES, first) if values]
+        axis.plot(*zip(*points), color=f"C{n}", marker=".", label=name)
+        for T in dict.fromkeys((best(name)[0], 0.9)):
+            values = accuracies([Run(name, T, seed) for seed in COMPARE])
+            if len(values) > 1:
+                half = T95[len(values)] * stdev(values) / len(values) ** 0.5
+                x = T + 0.012 * (n - 2)
+                axis.errorbar(x, mean(values), half, color=f"C{n}", marker="o", capsize=3)
+    axis.set(xlabel="T, while training and reading", ylabel="accuracy after 80 steps")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def main():
