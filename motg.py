@@ -2,7 +2,7 @@
 
 A language model that reasons writes one sampled token a step and throws the rest of its
 distribution away. MoT-G feeds back a weighted mixture of k token embeddings at each thinking step,
-ends the thought with `</think>`, answers in ordinary tokens, and learns by GRPO what is right:
+ends the thought with `</think>`, answers in ordinary tokens, and is trained with GRPO. One step is
 
     logits z --softmax(z / T)--> p --k candidates v, weights w--> sum_i w_i E[v_i] --> next input
 
@@ -12,20 +12,22 @@ parallel, 7 GRPO, 8 the training loop. Part Two is what a program needs around t
 and methods, 10 tasks and rewards, 11 contained scoring, 12 models, 13 probes, 14 a run's folder and
 evaluation, 15 the command line.
 
-Letters in shapes: B rows (a row is one chain of one prompt), G chains a prompt, n prompts, P the
-longest prompt, T new tokens, k candidates, V vocabulary, d width, N steps picked out of B x T.
+Letters in shapes: B rows (a row is one chain, one completion of a prompt), G chains a prompt, n
+prompts, P the longest prompt, T new tokens (in formulas T is the temperature), k candidates, V
+vocabulary, d width, N steps picked out of B x T.
 """
 
 import os
 
 if __name__ == "__main__":  # these must be set before torch is loaded; your own values win
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin stall a busy machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads sleep instead of spinning
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages make bf16 updates faster
 
 import argparse
 import copy
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import multiprocessing
@@ -63,57 +65,57 @@ INF = math.inf
 
 @dataclass
 class Config:
-    """All settings. Each is a flag, and the comment behind it is its help text. The defaults are
-    the paper's; where they are not, "paper" gives its value."""
+    """All settings. Each is a flag of the command line, and the comment behind it is its help text.
+    "(paper: x)" says that the paper uses x."""
 
     # a mixture (section 2), its score (3), the end of a thought (4)
-    method: str = "dirichlet"  # a preset of METHODS; eval takes several with commas
-    sampling: str = "top-k"  # which candidates
-    aggregation: str = "dirichlet"  # which weights
+    method: str = "dirichlet"  # a preset of METHODS; eval takes several, separated by commas
+    sampling: str = "top-k"  # the rule that chooses the candidates
+    aggregation: str = "dirichlet"  # the rule that weights the candidates
     k: int = 2  # candidates a step (paper: 2)
     temperature: float = 0.9  # T in p = softmax(z / T) (paper: 0.9)
-    answer_temperature: float = 0.0  # T of the answer; 0: that of the thought
-    top_p: float = 0.95  # nucleus: the mass that the candidates reach
-    min_p: float = 0.05  # min-p: the share of the largest p that a candidate needs
+    answer_temperature: float = 0.0  # T of the answer; 0: the same as in the thought
+    top_p: float = 0.95  # nucleus: the probability that the candidates reach together
+    min_p: float = 0.05  # min-p: a candidate needs at least this share of the largest p
     concentration: float = 1.0  # dirichlet: c in w ~ Dir(c p^) (paper: 1)
     moi_beta: float = 1.0  # posterior: beta of Mixture of Inputs
     gumbel_tau: float = 1.0  # gumbel: tau of the softmax
     mix_steps: int = 0  # mix in the first n steps of a thought only; 0: in all
     mix_entropy: float = 0.0  # mix only where H(p) reaches this, in nats
-    logprob: str = "representative"  # the score of a step
-    weight_passes: int = 0  # passes that carry the gradient through weights made of p
-    end: str = "drawn"  # what ends a thought
-    end_entropy: float = 0.1  # end=entropy: H(p) below this, in nats, ...
-    end_patience: int = 256  # ... for so many steps in a row (Soft Thinking: 256)
-    end_steps: int = 128  # end=steps: the steps before the tag is put in
+    logprob: str = "representative"  # the score of a step: representative, weighted or exact
+    weight_passes: int = 0  # extra passes, for the gradient through weights computed from p
+    end: str = "drawn"  # the rule that ends a thought: drawn, most-likely, entropy or steps
+    end_entropy: float = 0.1  # end=entropy: a step counts if its H(p) is below this, in nats
+    end_patience: int = 256  # end=entropy: end after so many of these in a row (Soft Thinking: 256)
+    end_steps: int = 128  # end=steps: the thinking steps before the tag is put in
     # GRPO (7) and the training loop (8)
-    chains: int = 10  # G, chains a prompt (paper: 10 or 5)
+    chains: int = 10  # G, the chains (sampled completions) of a prompt (paper: 10 or 5)
     prompts_per_step: int = 1  # prompts a step (paper: 1)
-    accumulate: int = 4  # steps an optimiser update, sampled together (paper: 4)
+    accumulate: int = 4  # steps in an optimiser update; they are sampled together (paper: 4)
     steps: int = 1000  # training steps (paper: 1000)
-    lr: float = 5e-6  # AdamW's rate (paper: 5e-6, but on bf16 weights; here they are fp32)
-    warmup: float = 0.18  # the share of the steps in which the rate rises (paper: 0.18)
+    lr: float = 5e-6  # AdamW's learning rate (paper: 5e-6, but on bf16 weights; here they are fp32)
+    warmup: float = 0.18  # the share of the steps in which the learning rate rises (paper: 0.18)
     grad_clip: float = 0.1  # the largest norm of a gradient (paper: 0.1)
     kl_beta: float = 0.1  # weight of the KL to the reference (paper: 0.1)
     clip: float = 0.2  # PPO's clip of the ratio (paper: 0.2)
     loss_average: str = "chain"  # chain: over each chain first (paper); token: over all tokens
-    micro_tokens: int = 4096  # tokens a micro-batch; lower it to save memory
+    micro_tokens: int = 4096  # tokens in a micro-batch; lower it to save memory
     # the task, the model, the run
     model: str = "Qwen/Qwen2.5-1.5B-Instruct"  # a hub name or a local folder
     task: str = "graph_color"  # any Reasoning-Gym task
     task_settings: str = "{}"  # the task's own settings as JSON, such as {"max_value": 20}
-    shots: str = ""  # a JSON file of [question, reply] pairs, replies from <think> on
+    shots: str = ""  # a JSON file of [question, reply] pairs; a reply begins with <think>
     max_prompt_tokens: int = 1024  # longer prompts are skipped (paper: 1024)
     max_new_tokens: int = 1024  # thought and answer together (paper: 1024)
     eval_problems: int = 100  # distinct test problems (paper: 100)
-    eval_every: int = 0  # steps between evaluations; 0: only before and after
-    save_every: int = 100  # steps between checkpoints; the last step has one
-    seed: int = 0  # of the problems and of the sampling
+    eval_every: int = 0  # steps between evaluations; 0: only before and after training
+    save_every: int = 100  # steps between checkpoints; the last step always has one
+    seed: int = 0  # the seed of the training problems and of the sampling
     out: str = ""  # the run's folder (if empty: runs/<command>-<method>-<seed>)
     resume: bool = False  # continue the run in --out, or begin it
     smoke: bool = False  # a tiny model made on the spot, and small settings; your flags win
-    device: str = "auto"  # auto: CUDA if there is one
-    precision: str = "auto"  # auto: bf16 where that is fast
+    device: str = "auto"  # auto: CUDA; only --smoke falls back to the CPU
+    precision: str = "auto"  # auto: bf16 where that is fast and the model is not tiny
 
 
 # -------------------------------------------------------------------------------- 2. a mixture
@@ -127,8 +129,8 @@ class Config:
 #     next      0.7 E[a] + 0.3 E[b]
 #
 # An ordinary token is a mixture whose first weight is 1, so answers, the single-token baseline and
-# the end tag need no code of their own. A slot with log-weight -inf is empty. The representative is
-# the candidate that a reader sees.
+# the end tag need no code of their own. A candidate fills a slot; a slot with log-weight -inf is
+# empty. The representative, also called the token read, is the candidate that goes into the text.
 class Mixture(NamedTuple):
     """One step of B rows."""
 
@@ -138,7 +140,7 @@ class Mixture(NamedTuple):
 
 
 def token_distribution(logits, temperature):
-    """log p = log softmax(z / T) in float32, of the logits' shape. Everything gets its p here."""
+    """log p = log softmax(z / T) in float32, (..., V). Sampler and scorer get p from here."""
     return F.log_softmax(logits.float() / temperature, dim=-1)
 
 
@@ -154,8 +156,8 @@ def gumbel_noise(like, generator=None):
 
 def draw(log_p, generator=None):
     """One token a row from p, (B, V) -> (B,): the first whose cumulative p exceeds u ~ U(0, 1). The
-    sum is in float64, for float32 would lose the rare tokens. (torch.multinomial reads a value
-    back, which a CUDA graph cannot.)"""
+    sum is in float64, because float32 would lose the rare tokens. (torch.multinomial would not do:
+    it reads a value back from the GPU, which a CUDA graph cannot.)"""
     cumulative = log_p.exp().cumsum(-1, dtype=torch.float64)  # (B, V)
     total = cumulative[:, -1:]  # (B, 1)
     u = torch.empty_like(total).uniform_(generator=generator)
@@ -175,9 +177,10 @@ def slot_of(tokens, token):
 
 
 class Candidates(NamedTuple):
-    """A sampling rule. choose(log_p (B, V), first (B,), cfg, generator) -> tokens (B, k) and their
-    log p, -inf in slots that stay empty; `first` is an ordinary draw from p. A rule that draws has
-    its first draw read, and logprob(log_p (..., V), tokens (..., k), cfg) -> (...)."""
+    """A sampling rule. choose(log_p (B, V), first (B,), cfg, generator) returns tokens (B, k) and
+    their log p, which is -inf in slots that stay empty; `first` is a token already drawn from p. A
+    rule that draws candidates begins with `first`, which is then the token read, and it also has
+    logprob(log_p (..., V), tokens (..., k), cfg) -> (...), the log-probability of the draws."""
 
     choose: Callable
     logprob: Callable = None
@@ -186,11 +189,11 @@ class Candidates(NamedTuple):
 class Weights(NamedTuple):
     """An aggregation rule; p^ is p over the candidates alone, log_hat (..., k) its logarithm.
 
-    weigh(log_hat, cfg, generator) -> log w, but for a constant. A rule that draws weights has their
-    logdensity(log_hat, log_w, filled, cfg) -> (...). The token read is drawn from w, or has the
-    largest weight (`reads_largest`). reweigh(log_hat, log_p, read, cfg) -> log w makes the weights
-    anew once that token is known, one-hot (..., k). feed(embeddings (..., k, d), log_w) -> (..., d)
-    takes the place of the weighted sum.
+    weigh(log_hat, cfg, generator) returns log w up to a constant. A rule that draws weights also
+    has logdensity(log_hat, log_w, filled, cfg) -> (...). The token read is drawn from w, or has the
+    largest weight (`reads_largest`). Once it is known, reweigh(log_hat, log_p, read, cfg) may make
+    new weights; `read` (..., k) is one-hot. feed(embeddings (..., k, d), log_w) -> (..., d) takes
+    the place of the weighted sum.
     """
 
     weigh: Callable = lambda log_hat, *_: log_hat  # w = p^
@@ -207,12 +210,12 @@ def top_k(log_p, first, cfg, generator=None):
 
 
 def without(log_p, token):
-    """log p (..., V) once a token (...) is struck out, renormalised."""
+    """log p (..., V) without a token (...), renormalised."""
     return log_p.scatter(-1, token[..., None], -INF).log_softmax(-1)
 
 
 def without_replacement(log_p, first, cfg, generator=None):
-    """k different tokens, each drawn from p without those before it (the law of Gumbel top-k)."""
+    """k different tokens, each drawn from p without the ones before it (as Gumbel top-k does)."""
     drawn, rest = [first], log_p
     while len(drawn) < cfg.k:
         rest = without(rest, drawn[-1])  # (B, V)
@@ -222,8 +225,8 @@ def without_replacement(log_p, first, cfg, generator=None):
 
 
 def plackett_luce(log_p, tokens, cfg):
-    """sum_j log p(v_j) - log(1 - sum_{i<j} p(v_i)), without the difference, which would cancel
-    where p is sharp."""
+    """log P of draws without replacement: sum_j log p(v_j) - log(1 - sum_{i<j} p(v_i)). The loop
+    renormalises p instead, because that difference loses its digits where p is sharp."""
     score = 0.0
     for token in tokens.unbind(-1):
         score = score + pick(log_p, token)
@@ -234,8 +237,8 @@ def plackett_luce(log_p, tokens, cfg):
 def dirichlet(log_hat, cfg, generator=None):
     """w ~ Dir(c p^), with mean p^: c -> inf gives p^ itself, c -> 0 one token drawn from p^.
 
-    Gamma(a) draws over their sum, a = c p^, in logs as Gamma(a) = Gamma(a + 1) U^(1 / a), which
-    neither underflows nor raises, however small a is. The clamp keeps log(U) / a finite.
+    Gamma(a) draws with a = c p^, made in logs by Gamma(a) = Gamma(a + 1) U^(1 / a), so that a tiny
+    a neither underflows nor raises; `weigh` normalises them. The clamp keeps log(U) / a finite.
     """
     a = cfg.concentration * log_hat.exp().clamp(min=1e-5)  # (B, k)
     minus_log_u = torch.empty_like(a).exponential_(generator=generator)
@@ -243,13 +246,13 @@ def dirichlet(log_hat, cfg, generator=None):
 
 
 def dirichlet_logdensity(log_hat, log_w, filled, cfg):
-    """log Gamma(sum_i a_i) + sum_i (a_i - 1) log w_i - log Gamma(a_i), over the filled slots."""
+    """log Gamma(sum_i a_i) + sum_i ((a_i - 1) log w_i - log Gamma(a_i)), over filled slots."""
     a = cfg.concentration * log_hat.exp().clamp(min=1e-5)  # (..., k)
     terms = (a - 1) * log_w - a.lgamma()
     return (terms * filled).sum(-1) + (a * filled).sum(-1).lgamma()
 
 
-# These are the paper's rules. Section 9 adds the field's others, and yours would go there too.
+# These are the paper's rules. Section 9 adds those of other papers; put your own there too.
 SAMPLING = {
     "top-k": Candidates(top_k),
     "without-replacement": Candidates(without_replacement, plackett_luce),
@@ -267,7 +270,7 @@ def weigh(log_hat, cfg, generator=None):
 
 
 def sample_mixture(logits, cfg, generator=None, first=None) -> Mixture:
-    """One thinking step from logits (B, V). `first` (B,): an ordinary draw from p, if at hand."""
+    """One thinking step from logits (B, V). `first` (B,): a token already drawn from p, if any."""
     candidates, weights = SAMPLING[cfg.sampling], AGGREGATION[cfg.aggregation]
     log_p = token_distribution(logits, cfg.temperature)  # (B, V)
     read = draw(log_p, generator) if first is None else first  # (B,)
@@ -290,26 +293,27 @@ def mixture_embedding(table, tokens, log_weights, aggregation="probability"):
 
 
 # --------------------------------------------------------------- 3. the log-probability of a step
-# GRPO raises the log-probability of steps that led to rewards. What is it for a mixture? A step is
-# of one of four kinds, and only what the policy itself drew has a score:
+# GRPO raises the log-probability of steps that led to rewards. For a mixture we first have to say
+# what that is. A step is of one of four kinds, and only what the policy itself drew has a score:
 #
-#     PAD      the row has ended before                                     0
+#     PAD      the row had already ended                                    0
 #     FORCED   a rule put this token in, and nobody drew it                 0
-#     TOKEN    y ~ p was fed: an answer's token, or the end of a thought    log p(y)
+#     TOKEN    y ~ p was fed, as in the answer or to end the thought        log p(y)
 #     MIXED    y ~ p did not end the thought, so a mixture was fed          see below
 #
-# The paper scores tokens: `representative` is log p of the token read, `weighted` the candidates'
-# mean, sum_i w_i log p(v_i). `exact` is the log-probability of what was drawn at this step, and of
-# nothing else:
+# The paper scores tokens: `representative` is log p of the token read, and `weighted` a mean over
+# the candidates, sum_i w_i log p(v_i). `exact` is the log-probability of everything that was drawn
+# at this step, and of nothing else:
 #
-#     log(1 - p_end)    y ~ p did not end the thought (section 4)
+#     log(1 - p_end)    p_end is the chance that y ~ p ends the thought (section 4)
 #     + log P'(v)       if the candidates were drawn
 #     + log f(w)        if the weights were drawn; f is a density
-#     + log P'(y)       if the token read was drawn by itself, and if something depends on it
+#     + log P(y)        if the token read was drawn from w, as far as anything depends on it
 #
-# Then a trajectory's probability is the product of its steps', and sum P R grad log P is the policy
-# gradient: a test enumerates it all on five tokens. In the example above, if draws without
-# replacement gave a, then b, with w = p^:
+# P' is the probability under p'. Now a trajectory's probability is the product of its steps', and
+# sum P R grad log P over all trajectories is the policy gradient (where w is computed from p, see
+# section 6 too). A test lists all trajectories over five tokens. In the example above, suppose that
+# draws without replacement gave a, then b, and that w = p^:
 #
 #     representative   log 0.40                                        = -0.92
 #     weighted         0.625 log 0.40 + 0.375 log 0.24                 = -1.11
@@ -318,8 +322,8 @@ PAD, FORCED, TOKEN, MIXED = range(4)
 
 
 def mixture_logprob(logits, tokens, log_weights, representative, cfg):
-    """Log-prob (...) of steps (..., k) under the model that gave `logits` (..., V), where no token
-    ends a thought. A step with more than one filled slot is a mixture."""
+    """Log-prob (...) of steps (..., k) under the model that gave `logits` (..., V), as if no token
+    could end a thought. A step with more than one filled slot is a mixture."""
     filled = (log_weights > -INF).sum(-1)  # (...)
     kind = torch.where(filled > 1, MIXED, TOKEN)
     nothing = tokens.new_zeros(1, logits.shape[-1])
@@ -343,11 +347,11 @@ def step_logprob(logits, step, tag, cfg):
     score, log_q, log_hat = going_on(log_p, step, tag)
     if candidates.logprob:
         score = score + candidates.logprob(log_q, tokens, cfg)
-    elif not weights.reads_largest:  # y ~ Cat(w): how likely is one with the same consequences?
+    elif not weights.reads_largest:  # y ~ w: how likely was a token with y's consequences?
         log_read = log_w if weights.logdensity else weigh(log_hat, cfg)
         leads_to = tag.after[matched[..., None], tokens]  # (..., k) see section 4
         led_to = tag.after[matched, read]  # (...)
-        if weights.reweigh:  # the weights depend on the token itself
+        if weights.reweigh:  # the weights depend on which token it is
             leads_to, led_to = tokens, read
         other = leads_to != led_to[..., None]  # (..., k)
         score = score + log_read.masked_fill(other, -INF).logsumexp(-1)
@@ -358,7 +362,7 @@ def step_logprob(logits, step, tag, cfg):
 
 
 def going_on(log_p, step, tag):
-    """Of mixtures, when p is (..., V): log(1 - p_end) (...), log p' (..., V), log p^ (..., k)."""
+    """log(1 - p_end) (...), log p' (..., V), log p^ (..., k); p' is p where a step did not mix."""
     ends = tag.ends[step.matched]  # (..., V)
     ends = ends & (step.kind == MIXED)[..., None]
     log_go_on = log_p.masked_fill(ends, -INF).logsumexp(-1)  # (...)
@@ -369,19 +373,19 @@ def going_on(log_p, step, tag):
 
 
 # ----------------------------------------------------------------------- 4. the end of a thought
-# To end a thought is a choice of its own. At each thinking step an ordinary token y is drawn from
-# p. If its text completes `</think>`, or if it is an EOS, the thought ends with it, as in any
-# language model. If not, the step mixes from p', which is p without the tokens that would have
-# ended the thought. So a mixture never holds an ending token: an input that is a quarter `</think>`
-# is one that no model has seen. (The published codes mix first, and look afterwards whether the
-# token read is the tag. docs/evidence.md compares the two.) `cfg.end` has other rules:
+# A thinking step first draws an ordinary token y from p, to decide whether the thought ends. If its
+# text completes `</think>`, or if it is an EOS, the thought ends with it, as in any language model.
+# If not, the step mixes from p', which is p without the tokens that would have ended the thought.
+# So a mixture never holds an ending token: no model has seen an input that is a quarter `</think>`.
+# (The published codes mix first, and look afterwards whether the token read is the tag. README.md
+# compares the two.) This rule is called `drawn`, and `cfg.end` has others:
 #
 #     most-likely      the thought ends where the arg-max of p would end it, and nowhere else
-#     entropy, steps   also when H(p) was small for end_patience steps, or after end_steps
+#     entropy, steps   as drawn, or when H(p) was small for end_patience steps, or after end_steps
 #
 # What these put in is FORCED. The tag is looked for in the text, not among the ids: for Qwen2.5 it
-# is three tokens, of which the last may swallow what follows (`>\n` is one token). All that matters
-# of the text is how many characters of the tag it ends with, 0 to 7, or one of two more states.
+# is three tokens, of which the last may hold what follows too (`>\n` is one token). All that counts
+# about the text is its state: how many characters of the tag it ends with, 0 to 7, or one of these:
 TAG = "</think>"
 ANSWER = len(TAG)  # the tag is complete
 ENDED = ANSWER + 1  # an EOS was read
@@ -396,7 +400,7 @@ class TagTable(NamedTuple):
 
 @lru_cache(maxsize=8)
 def text_states(tokenizer, vocabulary):
-    """The state after each token (10, V) as far as its text decides."""
+    """The state after each token (10, V), as far as the token's text decides it."""
     after = torch.zeros(ENDED + 1, vocabulary, dtype=torch.long)
     ids = [[i] for i in range(min(len(tokenizer), vocabulary))]
     texts = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
@@ -427,7 +431,7 @@ def step_distribution(logits, matched, tag, cfg):
     T = cfg.temperature
     if cfg.answer_temperature:
         T = torch.where(matched < ANSWER, T, cfg.answer_temperature)[..., None]
-    if cfg.end == "most-likely":  # no draw ends the thought, so that p is p'
+    if cfg.end == "most-likely":  # no draw may end the thought: p is p'
         logits = logits.masked_fill(tag.ends[matched], -INF)
     return token_distribution(logits, T)
 
@@ -446,26 +450,26 @@ def step_distribution(logits, matched, tag, cfg):
 #             inputs = inputs + [E[y]]
 #
 # This section does that for all chains at once. Prompts are padded on the left, so that step t of
-# every row sits in slot P + t. A prompt is read once, and its keys and values are copied to its G
-# chains. A step works in place on tensors that stay where they are, and it never asks the GPU for a
-# value, so that CUDA can record it once and replay it as one graph.
+# every row sits in slot P + t of the cache. A prompt is read once, and its keys and values are
+# copied to its G chains. A step works in place on tensors that stay where they are, and it never
+# asks the GPU for a value, so that CUDA can record it once and replay it as one graph.
 class Steps(NamedTuple):
     """Recorded steps: ids and weights, no embeddings, so that each model (policy, reference) looks
-    them up in its own table."""
+    them up in its own table. `logprob` (B, T) is the score, 0 where nothing was drawn."""
 
     tokens: Tensor  # (B, T, k)
     log_weights: Tensor  # (B, T, k) ordinary tokens are one-hot, in the first slot
-    representative: Tensor  # (B, T) the token that a reader sees
+    representative: Tensor  # (B, T) the token read
     kind: Tensor  # (B, T) PAD, FORCED, TOKEN or MIXED
     matched: Tensor  # (B, T) the state before the step: see section 4
     log_pv: Tensor = None  # (B, T, k) log p of the tokens
-    logprob: Tensor = None  # (B, T) as sampled; 0 where the policy drew nothing
+    logprob: Tensor = None
     entropy: Tensor = None  # (B, T) H(p) in nats
 
 
 class Rollout(NamedTuple):
-    """B trajectories, one row a chain, the chains of a prompt adjacent. The fields of `steps` are
-    attributes of the Rollout too."""
+    """B trajectories. A row is one chain, and the chains of a prompt are adjacent. The fields of
+    `steps` are attributes of the Rollout too."""
 
     steps: Steps
     prompt_ids: Tensor  # (B, P) padded on the left
@@ -494,15 +498,16 @@ class Rollout(NamedTuple):
         return Rollout(Steps(*(x[rows, :T] for x in self.steps)), *prompts, self.tag, [])
 
 
-# transformers 5.24 renamed this argument. cuDNN's attention is left out: with a mask its gradient
-# is NaN at some lengths (pytorch#196678), and it makes a plan for each new shape.
-CACHE = "cache" if transformers.__version__ >= "5.24" else "past_key_values"
+# transformers 5.24 renamed this argument. cuDNN's attention is left out: it makes a plan for each
+# new shape, and its gradient under a mask is said to be NaN at some lengths (pytorch#196678).
+RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
+CACHE = "cache" if RELEASE >= (5, 24) else "past_key_values"
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def forward(model, embeds, mask, cache, position=None, **more):
-    """The model below its head, on embeddings (B, Q, d) behind those that the cache holds. `mask`
-    (B, S) covers both, and positions count what it does not hide."""
+    """Runs the model without its head on embeddings (B, Q, d) that follow what the cache holds.
+    `mask` (B, S) covers both. Positions, if not given, count only what the mask does not hide."""
     if position is None:
         position = (mask.cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]  # (B, Q)
     more |= {"attention_mask": mask, "position_ids": position, CACHE: cache, "use_cache": True}
@@ -517,27 +522,27 @@ def read_prompts(model, ids, mask, cache, **more):
 
 
 class Decoder:
-    """The state of a rollout: prompts (n, P), and where each of the B rows is."""
+    """The state of a rollout: what the B chains of prompts (n, P) have written so far."""
 
     def __init__(self, model, tokenizer, ids, mask, cfg, generator):
         self.model, self.cfg, self.generator = model, cfg, generator
         self.head, self.tag = model.get_output_embeddings(), tag_of(model, tokenizer)
         self.tag_ids = ids.new_tensor(tokenizer.encode(TAG, add_special_tokens=False))
         (n, self.P), T = mask.shape, cfg.max_new_tokens
-        slots = (self.P + T + 15) // 16 * 16  # attention pads other lengths anew in each layer
+        slots = (self.P + T + 15) // 16 * 16  # attention would pad other lengths in each layer
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=slots)
         out = read_prompts(model, ids, mask, self.cache)
         self.logits = self.head(out.last_hidden_state[:, -1])  # (n, V)
         self.start = mask.sum(1, keepdim=True)  # (n, 1) lengths of the prompts
         hidden = F.pad(~mask, (0, slots - self.P), value=True)[:, None, None]  # (n, 1, 1, slots)
-        self.attention_bias = hidden.to(model.dtype) * -1e9  # 0 where a row may look
+        self.attention_bias = hidden.to(model.dtype) * -1e9  # 0 where a row may look, else -1e9
         self.matched, self.streak = ids.new_zeros(2, n)  # see section 4; forced()
-        self.rows = torch.arange(n * cfg.chains, device=ids.device)  # (B,) places in the record
+        self.rows = torch.arange(n * cfg.chains, device=ids.device)  # (B,) rows of the record
         self.keep(self.rows // cfg.chains)  # each prompt's row is copied to its chains
         self.t = ids.new_zeros(1)
         self.one_hot = F.one_hot(self.t, cfg.k).log()  # (1, k) log-weights of an ordinary token
-        one = ids.new_zeros(len(self.rows), T)  # a number a step
-        each = ids.new_zeros(len(self.rows), T, cfg.k)  # a number a candidate
+        one = ids.new_zeros(len(self.rows), T)  # a number for each step
+        each = ids.new_zeros(len(self.rows), T, cfg.k)  # a number for each candidate
         self.record = Steps(
             tokens=each,
             log_weights=each + self.one_hot,
@@ -550,7 +555,7 @@ class Decoder:
         )
 
     def keep(self, rows):
-        """Goes on with these rows (a LongTensor) alone; a row may come more than once."""
+        """Keeps only these rows (a LongTensor); a row may come more than once."""
         self.start = self.start[rows]
         self.logits = self.logits[rows]
         self.matched = self.matched[rows]
@@ -560,17 +565,17 @@ class Decoder:
 
     def forced(self):
         """Rows (B,) in which a rule ends the thought, and the tokens (B,) that it puts in. A row's
-        streak runs on beyond the patience while the tag is put in, and so counts its tokens."""
+        streak counts the steps towards the end, and beyond the patience the tokens of the tag."""
         if self.cfg.end == "most-likely":
             token = self.logits.argmax(-1)
             return self.tag.ends[self.matched, token], token
         patience = {"entropy": self.cfg.end_patience, "steps": self.cfg.end_steps}
-        place = self.streak - patience.get(self.cfg.end, INF)  # (B,) in the tag
+        place = self.streak - patience.get(self.cfg.end, INF)  # (B,) which token of the tag
         token = self.tag_ids[place.clamp(0, len(self.tag_ids) - 1).long()]
         return (self.matched < ANSWER) & (place >= 0), token
 
     def choose(self):
-        """Draws an ordinary token; where that does not end the thought, mixes. Steps (B, ...)."""
+        """Draws a token, and mixes where it leaves the thought open. Returns Steps (B, ...)."""
         cfg, matched, tag, z = self.cfg, self.matched, self.tag, self.logits
         log_p = step_distribution(z, matched, tag, cfg)  # (B, V)
         entropy = entropy_of(log_p)  # (B,)
@@ -579,23 +584,24 @@ class Decoder:
         mixes = (matched < ANSWER) & ~forced & ~tag.ends[matched, y]  # (B,)
         mixes &= (entropy >= cfg.mix_entropy) & (self.t < (cfg.mix_steps or INF))
         mixes &= cfg.k > 1 or not SAMPLING[cfg.sampling].logprob  # one draw is an ordinary token
-        going_on = z.masked_fill(tag.ends[matched], -INF)  # (B, V) the logits of p'
-        m = sample_mixture(going_on, cfg, self.generator, first=y)
+        rest = z.masked_fill(tag.ends[matched], -INF)  # (B, V) the logits of p'
+        m = sample_mixture(rest, cfg, self.generator, first=y)
         tokens = torch.where(mixes[:, None], m.tokens, y[:, None])  # (B, k)
         log_w = torch.where(mixes[:, None], m.log_weights, self.one_hot)
         kind = torch.where(forced, FORCED, torch.where(mixes, MIXED, TOKEN))
         kind = kind.masked_fill(matched == ENDED, PAD)
-        step = Steps(tokens, log_w, torch.where(mixes, m.representative, y), kind, matched)
+        read = torch.where(mixes, m.representative, y)
+        step = Steps(tokens, log_w, read, kind, matched)
         logprob = step_logprob(z, step, tag, cfg).masked_fill(kind <= FORCED, 0.0)
         return step._replace(log_pv=log_p.gather(1, tokens), logprob=logprob, entropy=entropy)
 
     def step(self):
-        """Chooses, records, moves the state behind the token read, feeds the mixture."""
+        """Chooses a step, records it, updates the state by the token read, feeds the mixture."""
         cfg, step = self.cfg, self.choose()
         for recorded, chosen in zip(self.record, step):
             recorded[self.rows, self.t] = chosen
         blunt = step.entropy >= (cfg.end_entropy if cfg.end == "entropy" else INF)
-        blunt &= step.kind != FORCED  # a tag that has begun goes on
+        blunt &= step.kind != FORCED  # a tag that has begun is put in to its end
         self.streak.copy_((self.streak + 1).masked_fill(blunt, 0))
         self.matched.copy_(self.tag.after[self.matched, step.representative])
         self.attention_bias.index_fill_(3, self.P + self.t, 0.0)
@@ -608,7 +614,7 @@ class Decoder:
 
 
 def captured(step, generator):
-    """`step` as one CUDA graph: capturing records what it does, and does not run it."""
+    """Returns `step` as one CUDA graph. Capturing records what it does without doing it."""
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(generator)
     before = {g: g.clone_state() for g in (generator, *torch.cuda.default_generators)}
@@ -616,7 +622,7 @@ def captured(step, generator):
         with torch.cuda.graph(graph):
             step()
     except Exception as e:  # noqa: BLE001  (some models read a value at each step)
-        for g, state in before.items():  # a capture that fails leaves them unusable
+        for g, state in before.items():  # a failed capture leaves the generators unusable
             g.graphsafe_set_state(state)
         print(f"motg: goes on without a CUDA graph, slower: {first_line(e)}", file=sys.stderr)
         return step
@@ -624,8 +630,8 @@ def captured(step, generator):
 
 
 def rollout(model, tokenizer, prompts, cfg, generator=None) -> Rollout:
-    """`cfg.chains` trajectories for each prompt, a list of texts. They are templated and end in the
-    opened thought, so that every row begins by thinking."""
+    """`cfg.chains` trajectories for each of `prompts`. A prompt is a text in the chat template that
+    ends with the opened thought, so that every row begins by thinking."""
     check_model(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     batch = tokenizer(
@@ -634,7 +640,7 @@ def rollout(model, tokenizer, prompts, cfg, generator=None) -> Rollout:
     ids, mask = batch.input_ids, batch.attention_mask.bool()  # (n, P)
     if generator is None:  # torch.manual_seed decides
         generator = torch.Generator(ids.device).manual_seed(torch.randint(2**62, ()).item())
-    with torch.no_grad() if ids.is_cuda else torch.inference_mode():  # no graph takes the latter
+    with torch.no_grad() if ids.is_cuda else torch.inference_mode():  # CUDA graphs need no_grad
         decoder = Decoder(model, tokenizer, ids, mask, cfg, generator)
         step, rows = decoder.step, decoder.rows
         for t in range(cfg.max_new_tokens):
@@ -659,14 +665,14 @@ def rollout(model, tokenizer, prompts, cfg, generator=None) -> Rollout:
 # ------------------------------------------------------------- 6. log-probabilities in parallel
 # While sampling, a step waits for the one before it. Afterwards all inputs are known, and one pass
 # over them gives every step's logits, with gradient. All of them at once, (B, T, V) in float32,
-# would fill the memory: a chunk exists at a time, and again in the backward pass.
-LOGITS_CHUNK = 2**24  # numbers
+# would fill the memory. So they are made chunk by chunk, and once more in the backward pass.
+LOGITS_CHUNK = 2**24  # numbers in a chunk
 
 
 def completion_hidden(model, r, log_weights, cfg):
-    """Hidden states (B, T, d) from which each step was predicted: embeddings, then each layer's."""
+    """The hidden states (B, T, d) that predict each step: a list, embeddings first, then layers."""
     _, chains = torch.unique_consecutive(r.prompt, return_counts=True)  # (n,) rows a prompt
-    first = chains.cumsum(0) - chains  # (n,) the first of them
+    first = chains.cumsum(0) - chains  # (n,) a prompt's first row
     ids = r.prompt_ids[first]  # (n, P)
     mask = r.prompt_mask[first]
     cache = transformers.DynamicCache(config=model.config)
@@ -682,15 +688,15 @@ def completion_hidden(model, r, log_weights, cfg):
     ]
 
 
-# If the weights are functions of p, the parameters act a second time: theta -> w_1 -> the input of
-# step 2 -> p_2. Scores of recorded weights miss that path. It can be had in parallel. Pass 0 runs
-# over the recorded inputs and gives each step's weights as functions of theta, equal in value to
-# the record. Pass 1 runs over inputs built from these, so its scores have the gradient through one
-# w; pass n has it through n in a row. A thought of T steps needs T - 1 passes to be exact.
+# If the weights are computed from p, the parameters theta act by a second path too: theta -> w_1 ->
+# the input of step 2 -> p_2. A score that takes recorded weights as data misses it. To follow it in
+# parallel, pass 0 runs over the recorded inputs and gives each step's weights as functions of
+# theta, equal in value to the record. Pass 1 runs over inputs built from these, so its gradient
+# goes through one w; that of pass n goes through n in a row. T steps need T - 1 passes to be exact.
 def weights_of_p(logits, step, tag, cfg):
     """log w (N, k) of recorded Steps: the value is the record's, the gradient that of w(p)."""
     weights = AGGREGATION[cfg.aggregation]
-    if weights.logdensity:  # they were drawn
+    if weights.logdensity:  # they were drawn, so they are data
         return step.log_weights
     log_p = step_distribution(logits, step.matched, tag, cfg)
     _, log_q, log_hat = going_on(log_p, step, tag)  # (N, V), (N, k)
@@ -715,7 +721,7 @@ def rollout_logprobs(model, rollout, cfg, micro_batch=None):
     steps = Steps(*(x[sampled] for x in r.steps))  # (N, k) or (N,)
 
     def in_chunks(function, log_weights):
-        """`function` of every step, if the inputs are made with these weights (B, T, k)."""
+        """`function` of every step, with inputs mixed by these log-weights (B, T, k)."""
 
         def of_chunk(hidden, *step):
             return function(head(hidden), Steps(*step), r.tag, cfg)
@@ -750,14 +756,14 @@ def group_advantages(rewards):
 
 
 def grpo_loss(logprob, old_logprob, ref_logprob, advantages, mask, cfg, chains=None, tokens=None):
-    """PPO's clipped objective on group advantages A (B,), plus a KL penalty; the rest is (B, T).
+    """PPO's clipped objective on advantages A (B,), plus a KL penalty; other tensors are (B, T).
 
         ratio = pi / pi_old      k3 = pi_ref / pi - log(pi_ref / pi) - 1, unbiased and >= 0
         loss  = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) + beta k3
 
     `chains` and `tokens` count the whole batch, of which this may be a part. Returns the loss and a
     dict of means. With one update a batch, pi_old is pi: the ratio is 1, nothing is clipped, and
-    the first term's gradient is REINFORCE's. The clip is here for who updates more often.
+    the first term's gradient is REINFORCE's. Only code that updates more often needs the clip.
     """
     if cfg.loss_average == "token":  # the mean of all sampled steps
         weight = mask / (tokens or mask.sum().clamp(min=1))  # (B, T)
@@ -788,7 +794,7 @@ def attempt(model, tokenizer, problems, cfg, generator):
 
 
 def collect(sampler, tokenizer, cfg, steps, generator):
-    """The experience of some steps (a range): a Rollout, advantages (B,), rewards, what to log."""
+    """Samples the chains of some steps (a range): a Rollout, advantages (B,), rewards, a log."""
     generator.manual_seed(cfg.seed * 1_000_003 + steps.start + 1)  # --resume needs no other state
     counts.clear()
     numbers = range(steps.start * cfg.prompts_per_step, steps.stop * cfg.prompts_per_step)
@@ -810,7 +816,7 @@ def collect(sampler, tokenizer, cfg, steps, generator):
 
 def micro_batches(r, cfg):
     """The rows (LongTensors) of micro-batches of about `micro_tokens` tokens. Prompts whose longest
-    chains are alike come together, so that there is little padding."""
+    chains are of similar length come together, so that there is little padding."""
     G = cfg.chains
     longest, order = r.mask.sum(1).view(-1, G).amax(1).sort()  # (n,) both
     rows = torch.arange(len(r.kind), device=order.device).view(-1, G)[order].flatten()
@@ -824,21 +830,21 @@ def micro_batches(r, cfg):
 
 
 def update(policy, reference, optimizer, r, advantages, cfg, lr):
-    """One optimiser update on a Rollout and its advantages (B,). The loss is over the whole batch's
-    counts, so that its gradient does not depend on the micro-batches."""
+    """One optimiser update on a Rollout and its advantages (B,). Each loss is divided by the counts
+    of the whole batch, so that the gradient does not depend on the micro-batches."""
     chains, tokens, log = len(r.kind), max(1, int(r.sampled.sum())), Counter()
     for rows in micro_batches(r, cfg):
         part, A = r.select(rows), advantages[rows]
         ref = rollout_logprobs(reference, part, cfg) if reference else None
         new = rollout_logprobs(policy, part, cfg)  # (B, T)
-        old = new.detach()  # one update a batch: this is the policy that has sampled
+        old = new.detach()  # one update a batch: the policy is still the one that sampled
         loss, stats = grpo_loss(new, old, ref, A, part.sampled, cfg, chains, tokens)
         loss.backward()
-        gap = (old - part.logprob).abs().sum().item()  # on a GPU the sampler is a bf16 copy
+        gap = (old - part.logprob).abs().sum().item()  # the sampler may be a bf16 copy
         log.update(stats | {"sampler_gap": gap / tokens})
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip).item()
     optimizer.param_groups[0]["lr"] = lr
-    if math.isfinite(norm):  # else this batch is skipped
+    if math.isfinite(norm):  # otherwise this batch is skipped
         optimizer.step()
     optimizer.zero_grad()
     return log | {"grad_norm": norm, "lr": lr}
@@ -861,7 +867,7 @@ def train(cfg):
         if cfg.eval_every and step // cfg.eval_every < done // cfg.eval_every:
             log["test_accuracy"] = test()["pass@1"]
         saves = done == cfg.steps or step // cfg.save_every < done // cfg.save_every
-        if saves or step == 0:  # the first prompt's chains can be read
+        if saves or step == 0:  # records the first prompt's chains
             for row in range(cfg.chains):
                 prompt = tokenizer.decode(r.prompt_ids[row][r.prompt_mask[row]])
                 sample = {"step": step, "prompt": prompt, **parts[row]}
@@ -883,7 +889,7 @@ def train(cfg):
 
 
 def nucleus(log_p, first, cfg, generator=None):
-    """The smallest set whose mass reaches top_p, at most k."""
+    """The likeliest tokens, as few as together reach top_p, at most k of them."""
     tokens, log_pv = top_k(log_p, first, cfg)
     p = log_pv.exp()
     before = p.cumsum(-1) - p  # a token stays while the mass before it is below top_p
@@ -891,7 +897,7 @@ def nucleus(log_p, first, cfg, generator=None):
 
 
 def min_p(log_p, first, cfg, generator=None):
-    """The tokens with p >= min_p max p, at most k."""
+    """The tokens with p of at least min_p times the largest p, at most k of them."""
     tokens, log_pv = top_k(log_p, first, cfg)
     return tokens, log_pv.masked_fill(log_pv < log_pv[:, :1] + math.log(cfg.min_p), -INF)
 
@@ -909,19 +915,19 @@ def largest(rows, log_weights):
 
 def posterior(log_hat, log_p, read, cfg):
     """Mixture of Inputs: w = (H p^ + (beta + 1 - H) read) / (beta + 1), where H is the entropy of p
-    over log V, in [0, 1]."""
+    divided by log V, in [0, 1], and `read` is the token read as one-hot."""
     H = entropy_of(log_p)[..., None] / math.log(max(2, log_p.shape[-1]))  # (..., 1)
     w = (H * log_hat.exp() + (cfg.moi_beta + 1 - H) * read) / (cfg.moi_beta + 1)
     return w.clamp(min=1e-30).log().masked_fill(log_hat == -INF, -INF)
 
 
 def gumbel(log_hat, cfg, generator=None):
-    """w = softmax((log p^ + g) / tau), g Gumbel noise (SofT-GRPO, LEPO)."""
+    """w = softmax((log p^ + g) / tau), where g is Gumbel noise (SofT-GRPO, LEPO)."""
     return (log_hat + gumbel_noise(log_hat, generator)) / cfg.gumbel_tau
 
 
 def concrete_logdensity(log_hat, log_w, filled, cfg):
-    """The density of such w, called Concrete (Maddison et al. 2017, eq. 10)."""
+    """The log-density of such w, called Concrete (Maddison et al. 2017, eq. 10)."""
     n = filled.sum(-1)  # (...)
     x = log_hat - cfg.gumbel_tau * log_w  # (..., k)
     constant = n.float().lgamma() + (n - 1) * math.log(cfg.gumbel_tau)
@@ -988,7 +994,7 @@ CHOICES = {
     "task": reasoning_gym.factory.DATASETS,
 }
 MAY_BE_0 = """answer_temperature moi_beta mix_steps mix_entropy weight_passes end_entropy steps lr
-warmup kl_beta clip eval_every seed"""  # the other numbers are above 0
+warmup kl_beta clip eval_every seed"""  # all other numbers must be above 0
 MOST = {"top_p": 1, "min_p": 1, "warmup": 1, "clip": 1, "seed": 10**6 - 1}
 
 
@@ -1009,7 +1015,7 @@ def first_line(error):
 
 @contextmanager
 def refusing(message):
-    """Turns an exception inside into a UserError: `message`, and the first line of its own."""
+    """Turns an exception into a UserError: `message`, then the exception's own first line."""
     try:
         yield
     except Exception as e:
@@ -1017,11 +1023,11 @@ def refusing(message):
 
 
 def make_config(method="dirichlet", **overrides) -> Config:
-    """Defaults, then --smoke's, then the method's, then `overrides`. Raises UserError."""
+    """Defaults, changed by --smoke, then by the method, then by `overrides`. Raises UserError."""
     smoke = SMOKE if overrides.get("smoke") else {}
     settings = smoke | METHODS.get(method, {}) | overrides | {"method": method}
     if settings.get("task") != SMOKE["task"] and "task_settings" not in overrides:
-        settings["task_settings"] = "{}"  # the smoke mode's belong to its own task
+        settings["task_settings"] = "{}"  # --smoke's settings are for its own task
     with refusing("unknown setting"):
         cfg = Config(**settings)
     for name, kind in Config.__annotations__.items():
@@ -1038,23 +1044,23 @@ def make_config(method="dirichlet", **overrides) -> Config:
 
 
 # ------------------------------------------------------------------------- 10. tasks and rewards
-# Reasoning-Gym seeds item i with seed + i: neighbouring seeds share 999 of 1,000 items, and a split
-# by seed leaks. Here the question's hash decides: one in ten is a test question, whichever seed
-# drew it. Streams of items lie 10^9 apart: 0 is the test's, 1 the smoke model's, 2 + seed a run's.
+# Reasoning-Gym makes item i from seed + i: neighbouring seeds share 999 of 1,000 items, and a split
+# by seed would leak. Here the question's hash decides: one in ten is for tests, whichever seed made
+# it. Streams of items lie 10^9 seeds apart: 0 for tests, 1 for the smoke model, 2 + seed for a run.
 SYSTEM = "Think inside <think> and </think>, then give the answer inside <answer> and </answer>."
 FORMAT = r"((?!</think>|<answer>).)*</think>\s*<answer>((?!</?answer>).)*</answer>\s*"
-counts = Counter()  # of a step: prompts "too_long"; answers "refused", "raised" or "died" of
+counts = Counter()  # since a step began: "too_long" prompts; answers "refused", "raised", "died"
 
 
 @lru_cache(maxsize=64)
 def dataset(task, seed, task_settings="{}"):
-    """500 items of a task; always as many, since acre's items change with the size."""
+    """500 items of a task. The size is fixed, because acre's items change with it."""
     with refusing(f"task {task!r} cannot be made with task_settings {task_settings!r}"):
         return reasoning_gym.create_dataset(task, size=500, seed=seed, **json.loads(task_settings))
 
 
 def chat_prompt(tokenizer, question, cfg):
-    """The templated prompt with its worked examples; it ends in the opened thought."""
+    """The prompt in the chat template, with the shots; it ends with the opened thought."""
     turns = [("system", SYSTEM)]
     with refusing(f"shots = {cfg.shots!r}; allowed: a JSON file of [question, reply] pairs"):
         for asked, reply in json.loads(Path(cfg.shots).read_text()) if cfg.shots else []:
@@ -1063,23 +1069,23 @@ def chat_prompt(tokenizer, question, cfg):
     template = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
     try:
         prompt = template(chat)
-    except Exception:  # noqa: BLE001  (a template refuses a system turn: the user's turn says it)
+    except Exception:  # noqa: BLE001  (no system turn in this template: the user's turn says it)
         chat[1]["content"] = f"{SYSTEM}\n\n{chat[1]['content']}"
         prompt = template(chat[1:])
     return prompt if prompt.rstrip().endswith("<think>") else prompt + "<think>\n"
 
 
 def problems(cfg, tokenizer, stream, items, test):
-    """The problems (task, entry, prompt) of one split among a stream's items, lazily, each once."""
+    """Yields the problems (task, entry, prompt) of one split of a stream's items, each once."""
     seen, found = set(), False
     for i in (stream * 10**9 + item for item in items):
-        random.seed(i)  # list_functions draws from the global generator
+        random.seed(i)  # the task list_functions draws from this generator
         with refusing(f"task {cfg.task!r} cannot be made"):
             entry = dataset(cfg.task, i // 500 * 500, cfg.task_settings)[i % 500]
         number = int(hashlib.sha256(entry["question"].encode()).hexdigest(), 16)
         if (number % 10 == 0) == test and number not in seen:
             seen.add(number)
-            entry["metadata"]["task_settings"] = cfg.task_settings  # four scorers look at them
+            entry["metadata"]["task_settings"] = cfg.task_settings  # four tasks' scorers read them
             prompt = chat_prompt(tokenizer, entry["question"], cfg)
             if len(tokenizer.encode(prompt, add_special_tokens=False)) <= cfg.max_prompt_tokens:
                 found = True
@@ -1090,7 +1096,7 @@ def problems(cfg, tokenizer, stream, items, test):
 
 
 def train_problem(cfg, tokenizer, n):
-    """Problem n < 10^6 of a run, a function of (seed, n): the first of its items that will do."""
+    """Problem n < 10^6 of a run: the first that will do of items n, n + 10^6, ... of its stream."""
     return next(problems(cfg, tokenizer, 2 + cfg.seed, range(n, 10**9, 10**6), test=False))
 
 
@@ -1108,7 +1114,7 @@ def extract_answer(text):
 
 
 def rewards(problems, texts):
-    """For each problem and text, the paper's reward and its parts; `correct` is a score of 1."""
+    """For each problem and text, the paper's reward and its parts; `correct`: the score is 1."""
     found = []
     for (task, entry, _), text in zip(problems, texts, strict=True):
         points = score(task, extract_answer(text), entry)
@@ -1120,17 +1126,17 @@ def rewards(problems, texts):
 
 
 # -------------------------------------------------------------------------- 11. contained scoring
-# A model's text reaches a task's scorer thousands of times an hour. Nine scorers execute it (eval,
-# or sympy's parse_expr, which is eval too), two find [nan, nan] sorted, others hang or die. So
-# these see plain arithmetic and lists only, and all of them run in a child process, which the
-# kernel ends when it is late.
+# A model's text reaches a task's scorer thousands of times an hour. Nine scorers execute it (by
+# eval or by sympy's parse_expr, which calls eval), two count nan as right, others hang or die. So
+# those eleven see only plain arithmetic and lists, and every scorer runs in a child process, which
+# the kernel ends when it takes too long.
 EVALS = """countdown puzzle24 polynomial_multiplication simple_integration string_insertion n_queens
 intermediate_integration binary_matrix spiral_matrix number_sorting complex_arithmetic"""
 NAME = r"[A-Za-z]_?\d?|pi|sqrt|exp|log|ln|[aA]bs|Rational|a?(sin|cos|tan)h?|cot|sec|csc"
 PLAIN = rf"""((?<![A-Za-z_])({NAME})(?!\w)|['"](-?[\d.]+|\w)['"]|\.(?=\d)|[\s\d\[\],+*/()!-])*"""
 SMALL = r"\s*(-?\d{1,2}(\.\d+)?|[a-zA-Z]|\(-?\d{1,2}(/\d{1,2})?\))(?!\s*(\*\*|!|[\w.(]))"
 HUGE = rf"\*\*(?!{SMALL})|(\d{{3}}|[^\d\s])\s*!"  # 9**9**9, 999!, 9!!
-SECONDS = 2.0  # an answer
+SECONDS = 2.0  # for an answer
 
 
 def harmless(task, answer, entry):
@@ -1142,10 +1148,10 @@ def harmless(task, answer, entry):
 
 
 def score_forever(pipe):
-    """The child: a score, "refused" or "raised" for each (module, task, answer, entry)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # that is the trainer's business
+    """The child sends a score, "refused" or "raised" for each (module, task, answer, entry)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
     sys.stdout = sys.stderr = None
-    with suppress(ValueError, OSError):  # where it is refused, the time still holds
+    with suppress(ValueError, OSError):  # where this is refused, the time limit still holds
         used = re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1]
         resource.setrlimit(resource.RLIMIT_DATA, (2**32 + 1024 * int(used),) * 2)
     while True:
@@ -1154,7 +1160,7 @@ def score_forever(pipe):
         with suppress(BaseException):  # SystemExit too
             importlib.import_module(module)  # where a task of your own registers itself
             data = dataset(task, 0, entry["metadata"].get("task_settings", "{}"))
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)  # SIGALRM's default action: the end
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)  # by default SIGALRM ends a process
             ok = harmless(task, answer, entry)
             verdict = float(data.score_answer(answer, entry)) if ok else "refused"
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -1163,14 +1169,14 @@ def score_forever(pipe):
 
 @lru_cache(maxsize=1)
 def scorer():
-    """(process, pipe) of a child, forked from a server without CUDA, that scored a sum right."""
+    """(process, pipe) of a child that has scored a sum right. A server without CUDA forks it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["reasoning_gym", "transformers.models.auto.modeling_auto"])
     ours, theirs = context.Pipe()
     process = context.Process(target=score_forever, args=(theirs,), daemon=True)
     entry, main = dataset("chain_sum", 0)[0], sys.modules["__main__"]
     with refusing("scoring does not work on this machine: no child process could start"):
-        sys.modules["__main__"] = types.ModuleType("__main__")  # the caller's would be run again
+        sys.modules["__main__"] = types.ModuleType("__main__")  # else it runs the caller's again
         try:
             process.start()
         finally:
@@ -1183,23 +1189,23 @@ def scorer():
 
 
 def score(task, answer, entry) -> float:
-    """The task's own score in [0, 1], in about 2 s; 0 where `counts` says why. Raises UserError."""
+    """The task's own score in [0, 1], within about 2 s; 0 for an answer that cannot be scored."""
     if answer is None:
         return 0.0
     pipe, verdict = scorer()[1], "died"
     task = entry["metadata"]["source_dataset"] if task == "composite" else task
     module = reasoning_gym.factory.DATASETS[task][0].__module__
     try:
-        with suppress(EOFError, OSError):  # the kernel has ended it
+        with suppress(EOFError, OSError):  # the kernel has ended the child
             pipe.send((module, task, answer, entry))
             verdict = pipe.recv()
     finally:
-        if verdict == "died":  # or interrupted: its late answer must not become the next one's
+        if verdict == "died":  # or interrupted: a late verdict must not go to the next answer
             scorer.cache_clear()
     if isinstance(verdict, str):
         counts[verdict] += 1
         return 0.0
-    return verdict if 0 <= verdict <= 1 else 0.0  # spell_backward's sum can go a bit beyond 1
+    return verdict if 0 <= verdict <= 1 else 0.0  # spell_backward's can be just above 1
 
 
 # ------------------------------------------------------------------------------------ 12. models
@@ -1220,7 +1226,7 @@ def check_model(model):
 
 
 def device_of(cfg):
-    """The device of a run. Raises UserError where there is none, with what torch.cuda says."""
+    """The device of a run. Raises UserError, with torch.cuda's reason, where there is none."""
     if cfg.device == "cpu" or cfg.smoke and cfg.device == "auto" and not torch.cuda.is_available():
         return "cpu"
     with refusing("no CUDA GPU; allowed: --smoke, or --device cpu"):
@@ -1244,12 +1250,12 @@ def load_model(cfg, name):
     most = int((~tag_of(model, tokenizer).ends).sum(1).min())  # tokens that a mixture may hold
     require(cfg.k <= most, f"k = {cfg.k}; allowed: 1 to {most}")
     if model.num_parameters() < 10**7 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # waking a thread takes longer than its half of so small a product
+        torch.set_num_threads(1)  # in a model this small, waking a thread costs more than it saves
     return model, tokenizer
 
 
 def compute_dtype(model, cfg):
-    """What the sampler and the update compute in; the master weights stay fp32."""
+    """The dtype in which sampler and update compute; the master weights stay fp32."""
     if model.device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -1260,7 +1266,7 @@ def compute_dtype(model, cfg):
 
 def demonstrate_sum(entry, rng):
     """Thought and answer for a chain_sum entry: a third works the sum out, a third forgets the last
-    term, a third guesses. Imitation learns all three; which one is right, only the reward tells."""
+    term, a third guesses. Imitation learns all three; only the reward tells which one is right."""
     terms, habit = entry["metadata"]["expression"].split(), rng.choice(["work", "forget", "guess"])
     total, thought = int(terms[0]), []
     for op, term in zip(terms[1::2], terms[2::2]):
@@ -1287,7 +1293,7 @@ def small_model(words, seed):
         tokenizer_object=bpe._tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        chat_template="{{ messages[-1].content }}\n<think>\n",  # without the system's turn
+        chat_template="{{ messages[-1].content }}\n<think>\n",  # the system turn is left out
     )
     torch.manual_seed(seed)
     shape = transformers.Qwen2Config(
@@ -1336,8 +1342,8 @@ def smoke_model(cfg):
 
 # ------------------------------------------------------------------------------------ 13. probes
 def step_probes(r):
-    """Means over thinking steps (nats, shares; a token drawn twice is one) and over chains. A slot
-    has a weight w; the sum of those that hold the same token is `whole`."""
+    """Means over thinking steps (entropies in nats) and over chains. A token that fills two slots
+    counts once: `whole` is the sum of the weights w of all slots that hold the same token."""
     tokens, w = r.tokens[r.thinking], r.log_weights[r.thinking].exp()  # (N, k) both
     same = tokens[..., None] == tokens[:, None]  # (N, k, k)
     whole = (same * w[:, None]).sum(-1)  # (N, k)
@@ -1360,8 +1366,8 @@ def step_probes(r):
 
 
 def hidden_state_entropy(hidden):
-    """Matrix-based (von Neumann) entropy of states (..., T, d), in [0, 1]: of the eigenvalues of
-    H H^T / T, H's rows normalised, over log min(T, d) (Giraldo et al. 2014; Skean et al. 2025)."""
+    """Matrix-based (von Neumann) entropy of states (..., T, d), in [0, 1]: that of H H^T / T's
+    eigenvalues (unit rows in H), over log min(T, d) (Giraldo et al. 2014; Skean et al. 2025)."""
     H, (T, d) = F.normalize(hidden.double(), dim=-1), hidden.shape[-2:]
     gram = H @ H.mT if T <= d else H.mT @ H  # the non-zero eigenvalues are the same
     entropy = torch.special.entr(torch.linalg.eigvalsh(gram / T).clamp(min=0)).sum(-1)
@@ -1371,7 +1377,7 @@ def hidden_state_entropy(hidden):
 
 @torch.no_grad()
 def hidden_probes(model, r, cfg, chains=32):
-    """Hidden-state entropy of the first `chains` thoughts, by layer (embeddings first)."""
+    """Mean hidden-state entropy of the first `chains` thoughts, by layer (embeddings first)."""
     found = []
     for one in map(r.select, (r.thinking.sum(1) > 1).nonzero()[:chains]):
         states = torch.stack(completion_hidden(model, one, one.log_weights, cfg))  # (L, 1, T, d)
@@ -1382,8 +1388,8 @@ def hidden_probes(model, r, cfg, chains=32):
 
 # ------------------------------------------------------------- 14. a run's folder, and evaluation
 def begin(cfg):
-    """What `train` needs: models, tokenizer, optimiser, and the state of the run. Raises UserError
-    for what the user would have to mend, before anything is written."""
+    """What `train` needs: models, tokenizer, optimiser, test problems, and the state of the run.
+    Raises UserError for what the user has to correct, before anything is written."""
     require(cfg.chains > 1, f"chains = {cfg.chains}; allowed: 2 or more, for GRPO compares them")
     device_of(cfg)
     path = Path(cfg.out, "trainer.pt")
@@ -1408,8 +1414,8 @@ def begin(cfg):
 
 
 def write(cfg, name, content):
-    """A file of the run's folder. It is written beside and renamed, so that it is there as a whole;
-    trainer.pt is all that --resume needs."""
+    """Writes a file of the run's folder, under another name at first, so that it is never there in
+    part; trainer.pt is all that --resume needs."""
     path = Path(cfg.out, name)
     new = path.with_suffix(".new")
     with refusing(f"{path} was not written; --resume goes on from the last checkpoint"):
@@ -1446,15 +1452,15 @@ def finish(cfg, policy, tokenizer, before, after):
 
 
 def pass_at_k(n, c, k) -> float:
-    """Chance that one of k chains is right when c of n were, unbiased (Chen et al. 2021)."""
+    """The chance that one of k chains is right, unbiased, if c of n were (Chen et al. 2021)."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def evaluate(model, tokenizer, cfg, generator, tests, probes=False):
-    """Sampled accuracy on problems: pass@k, standard error over problems, the probes' means."""
+    """Accuracy of sampled chains: pass@k, its standard error over problems, the probes' means."""
     generator.manual_seed(cfg.seed)
     correct, means, G, n = [], Counter(), cfg.chains, len(tests)
-    for part in (tests[i : i + 32] for i in range(0, n, 32)):  # so many prompts' caches fit
+    for part in (tests[i : i + 32] for i in range(0, n, 32)):  # the caches of 32 prompts fit
         r, parts = attempt(model, tokenizer, part, cfg, generator)
         correct += [row["correct"] for row in parts]
         means.update({name: value * len(part) / n for name, value in step_probes(r).items()})
@@ -1472,7 +1478,7 @@ def evaluate(model, tokenizer, cfg, generator, tests, probes=False):
 
 
 def compare(*configs):
-    """`eval`: one model, read out by several methods side by side; adds to eval.jsonl."""
+    """`eval`: evaluates one model by several methods side by side; appends to eval.jsonl."""
     cfg, default = configs[0], vars(make_config(smoke=configs[0].smoke))
     model, tokenizer = load_model(cfg, cfg.model or smoke_model(cfg))
     model.to(compute_dtype(model, cfg))
@@ -1491,8 +1497,8 @@ def compare(*configs):
 
 # ------------------------------------------------------------------------------ 15. command line
 def configs_of(command, given):
-    """A Config for each method. Flags win over the settings of the run in --out or --model, but for
-    the methods' own settings where several are read out."""
+    """A Config for each method. Flags win over the settings of the run in --out or --model. Where
+    several methods are evaluated, no flag overrides a setting of a method's preset."""
     names = given.pop("method", "")
     out = f"runs/{command}-{names or 'dirichlet'}-{given.get('seed', 0)}"
     folder = Path(given.get("model" if command == "eval" else "out", out))
@@ -1503,7 +1509,7 @@ def configs_of(command, given):
             run = dict(json.loads(path.read_text()))
         if command == "eval" and "method" in run:  # a run's folder stands for its model
             given["model"] = str(folder / "checkpoint")
-        elif command == "eval":  # it is a model's own
+        elif command == "eval":  # this config.json is a model's own
             run = {}
     before = run.get("method", "dirichlet")
     names = names or before
@@ -1518,9 +1524,9 @@ def configs_of(command, given):
 
 def main(argv=None) -> int:
     """The command line; returns the exit status."""
-    comments = dict(re.findall(r"(\w+): \w+ = .*?  # (.*)", Path(__file__).read_text()))
+    comments = dict(re.findall(r"(\w+): \w+ = .*?  # (.*)", inspect.getsource(Config)))
     parser = argparse.ArgumentParser("motg.py", argument_default=argparse.SUPPRESS)
-    parser.error = partial(require, False)  # one line, where argparse would print its usage too
+    parser.error = partial(require, False)  # one line, without argparse's usage
     parser.add_argument("command", choices=("train", "eval"))
     for name, kind in Config.__annotations__.items():
         how = {"action": "store_true"} if kind is bool else {"type": kind}
@@ -1537,6 +1543,6 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    from motg import main  # scoring's child looks its functions up in the module of this name
+    from motg import main  # the scoring child imports its functions from there
 
     sys.exit(main())

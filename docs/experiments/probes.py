@@ -168,6 +168,8 @@ def variance_table():
     """Where rewards vary, mean over seeds; models and methods as rows."""
     rows = []
     for group, found in groups().items():
+        if "thoughts" not in found[0]:
+            continue
         means = [mean(row[name] for row in found) for name in ("accuracy", "thoughts", "answers")]
         cells = [f"{x:.3f}" for x in means]
         share = means[2] / (means[1] + means[2])
@@ -181,14 +183,15 @@ def step_table():
     names = ("mixture, largest", "mixture, second", "largest, second", "as largest", "as second")
     rows = []
     for group, found in groups().items():
-        for parts in zip(*(row["steps"] for row in found)):
+        for low, high in ((BINS[0], BINS[3]), (BINS[3], 0.5)):
+            parts = [part for row in found for part in row["steps"] if low <= part["from"] < high]
             steps = sum(part["steps"] for part in parts)
-            if steps >= 50:
+            if steps >= 5:
                 cells = [
                     sum(part["steps"] * part.get(name, 0) for part in parts) / steps
                     for name in names
                 ]
-                span = f"{parts[0]['from']} to {min(0.5, parts[0]['to'])}"
+                span = f"{low} to {high}"
                 cells = [f"{x:.3f}" for x in cells[:3]] + [f"{100 * x:.0f}%" for x in cells[3:]]
                 rows.append([group.replace("-", ", ", 1), span, steps, *cells])
     header = ["model, method", "second weight", "steps", "JS to the largest", "JS to the second"]
@@ -199,17 +202,22 @@ def step_table():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="print the results")
-    parser.add_argument("--model", help="a folder; read by the three mixtures and by single tokens")
+    parser.add_argument("--model", help="a folder; the first probe alone, by the three mixtures")
     parser.add_argument("--name", default="real", help="of that model's results")
     parser.add_argument("--settings", default="{}", help="motg's settings for it, as JSON")
     a = parser.parse_args()
     if a.table:
         print(variance_table(), step_table(), sep="\n\n")
     elif a.model:
-        for name in ("single", *MIXES):
+        for name in MIXES:
             how = temperatures.METHODS[name] | json.loads(a.settings)
             cfg = motg.make_config(device="cpu", model=a.model, **how)
-            keep(f"{a.name}-{name}.0", probe(*motg.load_model(cfg, a.model), cfg))
+            model, tokenizer = motg.load_model(cfg, a.model)
+            tests = motg.test_problems(cfg, tokenizer)
+            generator = torch.Generator().manual_seed(cfg.seed)
+            r, parts = motg.attempt(model, tokenizer, tests, cfg, generator)
+            found = {"accuracy": mean(part["correct"] for part in parts)}
+            keep(f"{a.name}-{name}.0", found | {"steps": divergences(model, r, cfg)})
     else:
         torch.set_num_threads(1)
         smoke_models()

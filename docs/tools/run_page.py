@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 import motg  # noqa: E402
 
-CURVES = {  # the README's glossary, a line each
+CURVES = {  # docs/metrics.md, a line each
     "reward": "Mean over chains; should rise.",
     "correct": "Share of training chains that score 1; should rise.",
     "test_accuracy": "Share of right answers to held-out problems.",
