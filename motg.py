@@ -528,7 +528,8 @@ class Decoder:
         self.model, self.cfg, self.generator = model, cfg, generator
         self.head, self.tag = model.get_output_embeddings(), tag_of(model, tokenizer)
         self.tag_ids = ids.new_tensor(tokenizer.encode(TAG, add_special_tokens=False))
-        (n, self.P), T = mask.shape, cfg.max_new_tokens
+        n, self.P = mask.shape
+        T = cfg.max_new_tokens
         slots = (self.P + T + 15) // 16 * 16  # attention would pad other lengths in each layer
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=slots)
         out = read_prompts(model, ids, mask, self.cache)

@@ -1,6 +1,6 @@
 """Two probes of trained models: what a mixture does to the next step, and where rewards vary.
 
-    python docs/experiments/probes.py                   the models of temperatures.py, five seeds
+    python docs/experiments/probes.py                   models of temperatures.py, where it has run
     python docs/experiments/probes.py --model FOLDER    one model, such as SmolLM2's
     python docs/experiments/probes.py --table           what the results say
 
@@ -141,14 +141,14 @@ def keep(name, found):
 
 
 def smoke_models(temperature=0.9):
-    """Bases and models of temperatures.py, each read as it was trained, and the bases by all."""
-    for seed in temperatures.COMPARE:
+    """Bases of temperatures.py by four methods, and what each of these has made of them."""
+    for seed in range(5):
         for name in ("single", *MIXES):
             how = temperatures.METHODS[name] | {"temperature": temperature}
             cfg = motg.make_config(smoke=True, seed=seed, eval_problems=64, **how)
             run = temperatures.Run(name, temperature, seed)
-            folders = {"before": temperatures.base_of(seed)}
-            folders["after"] = str(temperatures.RUNS / run.path.stem / "checkpoint")
+            folders = {"base": temperatures.base_of(seed)}
+            folders["trained"] = str(temperatures.RUNS / run.path.stem / "checkpoint")
             for when, folder in folders.items():
                 result = f"{when}-{name}.{seed}"
                 if Path(folder).exists() and not (RESULTS / f"{result}.json").exists():
