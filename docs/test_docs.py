@@ -59,6 +59,21 @@ def test_a_pages_commands_of_motg_are_accepted(page):
     assert commands or page != README
 
 
+def test_decimals_in_the_prose_of_the_evidence_stand_in_its_tables():
+    """As they are or in hundredths, rounded. Paragraphs that quote others are left out."""
+    pages = [(DOCS / name).read_text() for name in ("evidence.md", "evidence_tables.md")]
+    rows = [line for page in pages for line in page.splitlines() if line.startswith("| ")]
+    known = {float(x) for row in rows for x in re.findall(r"(?<![\w.])\d+\.\d+", row)}
+    for paragraph in pages[0].split("\n\n"):
+        quotes = "arXiv" in paragraph or "e556bde" in paragraph
+        if quotes or paragraph.lstrip().startswith(("|", "!", "<!--", "#")):
+            continue
+        for text in re.findall(r"(?<![\w.])\d+\.\d+", paragraph):
+            half = 0.501 * 10.0 ** -len(text.partition(".")[2])
+            near = (abs(scale * x - float(text)) <= half for x in known for scale in (1, 100))
+            assert any(near), (text, paragraph)
+
+
 def test_the_readme_is_short_and_names_no_flag_that_is_none():
     text = README.read_text()
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z0-9_-]+)", text)}

@@ -234,6 +234,7 @@ def evidence_tables():
         "best": temperatures.comparison_table(),
         "paper": temperatures.comparison_table(0.9),
         "cross": temperatures.cross_table(),
+        "drawn": temperatures.drawn_table(),
         "least": least_sum_table(BASES, READS),
         "learned": least_sum_table([f"grpo {name}" for name in LEARNERS], (*READS, "own")),
         "alone": probes.step_table(),

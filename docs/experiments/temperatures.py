@@ -9,10 +9,11 @@ of its own), the problems and the sampling. It trains for 80 steps and leaves on
 docs/experiments/results/temperatures; one that is there is not repeated.
 
 Seeds 0 and 1 choose, on 250 test problems x 8 chains: seed 0 each method at all temperatures, seed
-1 at the best two of these, then seed 0 at the better one with half and twice the rate. Seeds 2 to 6
-compare: each method at what was chosen and at T = 0.9, read before and after on 1,000 problems, and
-also by single tokens at T = 0.9 and 0.1. A choosing run takes about two minutes on one thread of an
-AMD EPYC without bf16, a comparing one about three.
+1 at the best two of these, then seed 0 three methods with half and twice the rate. Seeds 2 to 6
+compare: each method at what was chosen for it, read before and after on 1,000 problems, and also by
+single tokens at T = 0.9 and 0.1. Nothing is chosen for the paper's T = 0.9: there seeds 0 to 4
+compare, on 250 problems. A run takes about two minutes on one thread of an AMD EPYC without bf16,
+one that is read on 1,000 problems about three.
 """
 
 import argparse
@@ -47,7 +48,23 @@ TEMPERATURES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1)
 RATE = motg.SMOKE["lr"]
 RATES = (RATE / 2, RATE, RATE * 2)
 CHOOSE, COMPARE = (0, 1), (2, 3, 4, 5, 6)  # seeds
+PAPER_T, PAPER = 0.9, (0, 1, 2, 3, 4)  # the paper's temperature, and the seeds that compare there
 STEPS = 80
+# What is drawn in a thought? These read a model that `single` has trained at T = 0.9.
+DRAWN = {
+    "everything is drawn": {"method": "single"},
+    "the thought's tokens are the likeliest": {"method": "soft-thinking", "k": 1},
+    "the thought's tokens are mixed": {"method": "soft-thinking"},
+    "likeliest, and so is the end": {"method": "soft-thinking", "k": 1, "end": "most-likely"},
+    "mixed, and the end is the likeliest": {"method": "soft-thinking", "end": "most-likely"},
+    "single tokens, a cold thought": {
+        "method": "single",
+        "temperature": 0.1,
+        "answer_temperature": 0.9,
+    },
+    "single tokens, all cold": {"method": "single", "temperature": 0.1},
+}
+RATED = ("single", "dirichlet", "different-tokens")  # these choose their rate; others keep RATE
 LONG = ("single", "different-tokens", "soft-thinking")  # these train for 400 steps too
 T95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, by the number of seeds
 
@@ -97,7 +114,7 @@ def carry_out(run):
     settings |= {"steps": run.steps, "eval_problems": 64, "save_every": 10**6, "resume": True}
     cfg = motg.make_config(**settings | how)
     motg.train(cfg)
-    reads, compares = {"own": how}, run.seed in COMPARE
+    reads, compares = {"own": how}, run.seed in COMPARE and run.temperature != PAPER_T
     if compares:
         for T in (0.9, 0.1):
             reads[f"single T={T}"] = {"method": "single", "temperature": T}
@@ -133,19 +150,22 @@ def cross_path(temperature, seed):
 def cross():
     """Reads the models of `single`, at T = 0.9 and at its best, by every method at T = 0.9 or at
     that method's best: how much of a gain is one of training, and how much of reading?"""
-    for temperature in dict.fromkeys((0.9, best("single")[0])):
-        for seed in COMPARE:
-            path, run = cross_path(temperature, seed), Run("single", temperature, seed)
+    for at_paper in (True, False):
+        for run in compared("single", PAPER_T if at_paper else None):
+            path = cross_path(run.temperature, run.seed)
             folder = RUNS / run.path.stem / "checkpoint"
             if path.exists() or not run.path.exists() or not folder.exists():
                 continue
-            cfg = motg.make_config(smoke=True, seed=seed, eval_problems=1000)
+            problems = run.result()["problems"]
+            cfg = motg.make_config(smoke=True, seed=run.seed, eval_problems=problems)
             model, tokenizer = motg.load_model(cfg, str(folder))
             tests, found = motg.test_problems(cfg, tokenizer), {}
             for name, how in METHODS.items():
-                T = 0.9 if temperature == 0.9 else best(name)[0]
+                T = PAPER_T if at_paper else best(name)[0]
                 found[name] = {"temperature": T}
-                found[name] |= read_out(model, tokenizer, tests, seed, **how, temperature=T)
+                found[name] |= read_out(model, tokenizer, tests, run.seed, **how, temperature=T)
+            for name, how in DRAWN.items() if at_paper else ():
+                found[name] = read_out(model, tokenizer, tests, run.seed, **how)
             path.write_text(json.dumps(found) + "\n")
             print(time.strftime("%H:%M:%S"), path.name, flush=True)
 
@@ -190,9 +210,10 @@ def stages():
     first, *others = CHOOSE
     yield [Run(name, T, first) for T in TEMPERATURES[:-1] for name in METHODS]
     yield [Run(name, T, seed) for seed in others for name in METHODS for T in two_best(name)]
-    yield [Run(name, best(name)[0], first, rate) for name in METHODS for rate in RATES]
-    yield [Run(name, best(name)[0], s, best(name)[1]) for s in COMPARE for name in METHODS]
-    yield [Run(name, 0.9, seed) for seed in COMPARE for name in METHODS]
+    yield [Run(name, best(name)[0], first, rate) for name in RATED for rate in RATES]
+    for seed in COMPARE:
+        yield [Run(name, best(name)[0], seed, best(name)[1]) for name in METHODS]
+        yield [Run(name, PAPER_T, seed - 1) for name in METHODS if seed - 1 in PAPER]
     yield [Run(name, TEMPERATURES[-1], first) for name in METHODS]
     yield [Run(name, best(name)[0], seed, steps=400) for seed in COMPARE for name in LONG]
 
@@ -226,9 +247,10 @@ def choice_table():
 
 
 def compared(name, temperature=None):
-    """The comparing runs of a method at its best, or at one temperature."""
-    T, rate = best(name) if temperature is None else (temperature, RATE)
-    return [Run(name, T, seed, rate) for seed in COMPARE]
+    """The comparing runs of a method, at its best or at the paper's temperature."""
+    if temperature is None:
+        return [Run(name, best(name)[0], seed, best(name)[1]) for seed in COMPARE]
+    return [Run(name, temperature, seed) for seed in PAPER]
 
 
 def differences(runs, others, read="after, own", other_read="after, own", key="pass@1"):
@@ -258,21 +280,38 @@ def comparison_table(temperature=None):
 def cross_table():
     """A model that `single` has trained, read by each method, beside the method's own model."""
     rows = []
-    for temperature in dict.fromkeys((0.9, best("single")[0])):
-        paths = {seed: cross_path(temperature, seed) for seed in COMPARE}
-        read = {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
-        for name in METHODS:
-            own = compared(name, 0.9 if temperature == 0.9 else None)
-            own = {run.seed: run.result() for run in own}
-            both = [seed for seed in read if own.get(seed)]
-            mine = [own[seed]["after, own"]["pass@1"] for seed in both]
-            other = [read[seed][name]["pass@1"] for seed in both]
-            minus = [x - y for x, y in zip(mine, other)]
-            T = read[both[0]][name]["temperature"] if both else ""
-            cells = [interval(other), interval(mine), interval(minus, "+")]
-            rows.append([f"T = {temperature}", f"`{name}`, T = {T}", len(both), *cells])
-    header = ["`single` trained at", "both read by", "seeds", "trained by `single`"]
-    return markdown([*header, "trained by that method", "difference"], rows)
+    for temperature in (PAPER_T, None):
+        trained = compared("single", temperature)
+        for n, name in enumerate(METHODS):
+            pairs = []  # accuracy of single's model and of the method's own, a pair a seed
+            for single, own in zip(trained, compared(name, temperature)):
+                path = cross_path(single.temperature, single.seed)
+                if n and path.exists() and own.path.exists():
+                    other = json.loads(path.read_text())[name]["pass@1"]
+                    pairs.append((other, own.result()["after, own"]["pass@1"]))
+            if pairs:
+                cells = [interval(list(values)) for values in zip(*pairs)]
+                cells.append(interval([y - x for x, y in pairs], "+"))
+                rows.append([f"`{name}`, T = {own.temperature}", len(pairs), *cells])
+    header = ["both read by", "seeds", "trained by `single`", "trained by that method"]
+    return markdown([*header, "difference"], rows)
+
+
+def drawn_table():
+    """What is drawn in a thought, of models that `single` has trained at T = 0.9."""
+    paths = [cross_path(PAPER_T, seed) for seed in PAPER]
+    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    rows = []
+    for name in DRAWN:
+        reads = [row[name] for row in found if name in row]
+        if reads:
+            minus = [
+                read["pass@1"] - row["everything is drawn"]["pass@1"]
+                for read, row in zip(reads, found)
+            ]
+            cells = [interval([read[key] for read in reads]) for key in ("pass@1", "pass@8")]
+            rows.append([name, len(reads), cells[0], interval(minus, "+"), cells[1]])
+    return markdown(["", "seeds", "right", "minus the first row", "pass@8"], rows)
 
 
 def table():
@@ -280,8 +319,9 @@ def table():
     for title, rows in (
         ("The choosing seeds, read as trained", choice_table()),
         ("The comparing seeds, each method at its best", comparison_table()),
-        ("The comparing seeds at T = 0.9", comparison_table(0.9)),
+        ("The comparing seeds at T = 0.9", comparison_table(PAPER_T)),
         ("Training or reading", cross_table()),
+        ("What is drawn", drawn_table()),
     ):
         print(f"\n{title}:\n\n{rows}")
 
@@ -295,11 +335,12 @@ def draw(path=HERE.parent / "figures/temperatures.png"):
         first = [accuracies([Run(name, T, CHOOSE[0])]) for T in TEMPERATURES]
         points = [(T, values[0]) for T, values in zip(TEMPERATURES, first) if values]
         axis.plot(*zip(*points), color=f"C{n}", marker=".", label=name)
-        for T in dict.fromkeys((best(name)[0], 0.9)):
-            values = accuracies([Run(name, T, seed) for seed in COMPARE])
+        for temperature in (None, PAPER_T):
+            runs = compared(name, temperature)
+            values = accuracies(runs)
             if len(values) > 1:
                 half = T95[len(values)] * stdev(values) / len(values) ** 0.5
-                x = T + 0.012 * (n - 2)
+                x = runs[0].temperature + 0.012 * (n - 2)
                 axis.errorbar(x, mean(values), half, color=f"C{n}", marker="o", capsize=3)
     axis.set(xlabel="T, while training and reading", ylabel="accuracy after 80 steps")
     axis.grid(alpha=0.25)
