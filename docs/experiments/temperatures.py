@@ -10,10 +10,9 @@ docs/experiments/results/temperatures; one that is there is not repeated.
 
 Seeds 0 and 1 choose, on 250 test problems x 8 chains: seed 0 each method at all temperatures, seed
 1 at the best two of these, then seed 0 three methods with half and twice the rate. Seeds 2 to 6
-compare: each method at what was chosen for it, read before and after on 1,000 problems, and also by
-single tokens at T = 0.9 and 0.1. Nothing is chosen for the paper's T = 0.9: there seeds 0 to 4
-compare, on 250 problems. A run takes about two minutes on one thread of an AMD EPYC without bf16,
-one that is read on 1,000 problems about three.
+compare: each method at what was chosen for it, read before and after on 1,000 problems. Nothing is
+chosen for the paper's T = 0.9: there seeds 0 to 4 compare, on 250 problems. A run takes about two
+minutes on one thread of an AMD EPYC without bf16, one that is read on 1,000 problems about three.
 """
 
 import argparse
@@ -114,18 +113,14 @@ def carry_out(run):
     settings |= {"steps": run.steps, "eval_problems": 64, "save_every": 10**6, "resume": True}
     cfg = motg.make_config(**settings | how)
     motg.train(cfg)
-    reads, compares = {"own": how}, run.seed in COMPARE and run.temperature != PAPER_T
-    if compares:
-        for T in (0.9, 0.1):
-            reads[f"single T={T}"] = {"method": "single", "temperature": T}
+    compares = run.seed in COMPARE and run.temperature != PAPER_T
     cfg.eval_problems = 1000 if compares else 250
     found = {**run._asdict(), "problems": cfg.eval_problems}
     for when, folder in (("before", base), ("after", str(out / "checkpoint"))):
         model, tokenizer = motg.load_model(cfg, folder)
         tests = motg.test_problems(cfg, tokenizer)
-        for read, settings in reads.items():
-            if when == "after" or read == "own" and compares:
-                found[f"{when}, {read}"] = read_out(model, tokenizer, tests, run.seed, **settings)
+        if when == "after" or compares:
+            found[f"{when}, own"] = read_out(model, tokenizer, tests, run.seed, **how)
     lines = (out / "metrics.jsonl").read_text().splitlines()
     logs = [json.loads(line) for line in lines]
     names = ("correct", "entropy", "support", "think_tokens", "grad_norm", "no_gradient")
@@ -260,7 +255,7 @@ def differences(runs, others, read="after, own", other_read="after, own", key="p
 
 
 def comparison_table(temperature=None):
-    """Of the comparing seeds: before, after, minus `single`, pass@8, and other ways to read."""
+    """Of the comparing seeds: before, after, minus `single`, pass@4 and pass@8."""
     rows, single = [], compared("single", temperature)
     for name in METHODS:
         runs = compared(name, temperature)
@@ -269,12 +264,10 @@ def comparison_table(temperature=None):
         cells.append("" if name == "single" else interval(differences(runs, single), "+"))
         for key in ("pass@4", "pass@8"):
             cells.append(interval(accuracies(runs, key=key)))
-        for read in ("after, single T=0.9", "after, single T=0.1"):
-            cells.append(interval(accuracies(runs, read)))
         seeds = len(accuracies(runs))
         rows.append([f"`{name}`", T, f"{rate:g}", seeds, *cells])
     header = ["", "T", "rate", "seeds", "before", "after", "minus `single`", "pass@4", "pass@8"]
-    return markdown([*header, "read by `single` T = 0.9", "T = 0.1"], rows)
+    return markdown(header, rows)
 
 
 def cross_table():
