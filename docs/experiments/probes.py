@@ -27,6 +27,7 @@ import transformers
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
+import least_sum_runs as runs  # noqa: E402
 import temperatures  # noqa: E402
 from temperatures import motg  # noqa: E402
 
@@ -156,6 +157,24 @@ def smoke_models(temperature=0.9):
                     print(result, flush=True)
 
 
+def least_sum_models():
+    """Bases of least_sum_runs.py that were taught to think in mixtures: the first probe alone."""
+    base = runs.WORLD | {"supervision": "soft"}
+    for seed in range(3):
+        result = f"least sum-soft-thinking.{seed}"
+        name = "-".join(f"{key}={value}" for key, value in sorted(base.items()))
+        folder = runs.RUNS / "bases" / f"{name}.{seed}"
+        if folder.exists() and not (RESULTS / f"{result}.json").exists():
+            how = {"k": 2, "seed": seed, "chains": 1, "eval_problems": 256}
+            cfg = runs.world.config(folder, "soft-thinking", **runs.task_of(base), **how)
+            model, tokenizer = motg.load_model(cfg, folder)
+            r, parts = motg.attempt(
+                model, tokenizer, motg.test_problems(cfg, tokenizer), cfg, torch.Generator()
+            )
+            found = {"accuracy": mean(part["correct"] for part in parts)}
+            keep(result, found | {"steps": divergences(model, r, cfg)})
+
+
 def groups():
     """{model and method: its results, one a seed}."""
     found = {}
@@ -221,6 +240,7 @@ def main():
     else:
         torch.set_num_threads(1)
         smoke_models()
+        least_sum_models()
 
 
 if __name__ == "__main__":
