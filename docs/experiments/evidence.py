@@ -8,7 +8,7 @@ A run is a variant of VARIANTS and a seed. It trains, is read out by other metho
 docs/experiments/results/evidence/VARIANT.SEED.json: settings, accuracies, probes, and curves. One
 that is there is not repeated; one that was cut off goes on from its checkpoint in runs/evidence.
 A run takes one to three minutes on one thread of an idle machine, all of them two to four hours
-with two jobs. docs/evidence.md has the results of an older motg.py.
+with two jobs. Those of an older motg.py are in docs/evidence.md at commit e556bde.
 """
 
 import argparse
