@@ -320,25 +320,30 @@ def table():
 
 
 def draw(path=HERE.parent / "figures/temperatures.png"):
-    """Accuracy against T, a line a method; points with intervals are the comparing seeds."""
+    """Seed 0's accuracy against T, and what the comparing seeds' methods are ahead of `single`."""
     from matplotlib import pyplot as plt  # only who draws needs it
 
-    figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for n, name in enumerate(METHODS):
         first = [accuracies([Run(name, T, CHOOSE[0])]) for T in TEMPERATURES]
         points = [(T, values[0]) for T, values in zip(TEMPERATURES, first) if values]
-        axis.plot(*zip(*points), color=f"C{n}", marker=".", label=name)
-        for temperature in (None, PAPER_T):
-            runs = compared(name, temperature)
-            values = accuracies(runs)
-            if len(values) > 1:
+        axes[0].plot(*zip(*points), color=f"C{n}", marker=".", label=name)
+        for place, temperature in enumerate((None, PAPER_T)):
+            values = differences(compared(name, temperature), compared("single", temperature))
+            if n and len(values) > 1:
+                x = place + 0.15 * (n - 2.5)
                 half = T95[len(values)] * stdev(values) / len(values) ** 0.5
-                x = runs[0].temperature + 0.012 * (n - 2)
-                axis.errorbar(x, mean(values), half, color=f"C{n}", marker="o", capsize=3)
-    axis.set(xlabel="T, while training and reading", ylabel="accuracy after 80 steps")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+                axes[1].errorbar(x, mean(values), half, color=f"C{n}", marker="o", capsize=3)
+                axes[1].plot([x + 0.04] * len(values), values, ".", color=f"C{n}", alpha=0.5)
+    axes[0].set(xlabel="T, while training and reading", ylabel="accuracy after 80 steps, seed 0")
+    axes[0].legend(frameon=False)
+    axes[1].axhline(0, color="C0", linewidth=1)
+    names = [f"T = {best('single')[0]}, the best", f"T = {PAPER_T}, the paper's"]
+    axes[1].set_xticks((0, 1), names)
+    axes[1].set(ylabel="minus `single`: seeds, mean, 95% interval")
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
