@@ -248,10 +248,10 @@ def compared(name, temperature=None):
     return [Run(name, temperature, seed) for seed in PAPER]
 
 
-def differences(runs, others, read="after, own", other_read="after, own", key="pass@1"):
-    """run minus other, seed by seed, where both are there."""
+def differences(runs, others):
+    """Accuracy of runs minus that of others, seed by seed, where both are there."""
     both = [(a.result(), b.result()) for a, b in zip(runs, others)]
-    return [x[read][key] - y[other_read][key] for x, y in both if x and y]
+    return [x["after, own"]["pass@1"] - y["after, own"]["pass@1"] for x, y in both if x and y]
 
 
 def comparison_table(temperature=None):
