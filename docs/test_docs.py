@@ -151,6 +151,17 @@ def prose_of(tree):
     return found
 
 
+def test_help_says_of_each_setting_what_its_own_comment_says(capsys):
+    """A record elsewhere in the file may have a field of the same name."""
+    with pytest.raises(SystemExit):
+        motg.main(["--help"])
+    said = re.sub(r"\s+", "", capsys.readouterr().out)
+    body = SOURCE.partition("class Config:")[2].partition("\n\n\n")[0]
+    for name in SETTINGS:
+        comment = re.search(rf"\n    {name}: \w+ = .*?  # (.*)", body)[1]
+        assert re.sub(r"\s+", "", f"{comment} [{getattr(motg.Config, name)}]") in said, name
+
+
 def test_motg_is_within_its_limits():
     """Of code: what is neither a docstring nor a comment."""
     lines, prose = SOURCE.splitlines(), prose_of(ast.parse(SOURCE))
