@@ -1,68 +1,61 @@
-"""A real model: SmolLM2-135M-Instruct trained by three methods on four Reasoning-Gym tasks.
+"""A real model on sums of two numbers: SmolLM2-135M-Instruct, warm and cold, by three methods.
 
-    python docs/experiments/real.py --jobs 2             all runs on a CPU, one thread each
-    python docs/experiments/real.py --only gcd --seeds 1 --model FOLDER    some of them
+    python docs/experiments/real.py --model FOLDER --jobs 3     all runs that are missing
 
-A run is a task, a method and a seed. It trains, is read out by every method on the same held-out
-problems, and leaves docs/experiments/results/real/TASK-METHOD.SEED.json; TASK.json has the
-untrained model's read-outs. What is there is not repeated (today's files are the first edition's,
-of commit e556bde: --results names another folder); a run that was cut off goes on from its
-checkpoint in runs/real. A run takes 8 to 13 minutes. docs/real.md's tables and its figure are drawn
-from these files by plot.py.
+A run is a method, a temperature and a seed. It trains for 40 steps of 8 prompts x 8 chains, and is
+read by its own method and by `single`, each at both temperatures, on 64 held-out problems x 8
+chains. It leaves results/sums/METHOD_T=T.SEED.json here, and base.json has the untrained
+model's read-outs. What is there is not repeated; a run that was cut off goes on from its checkpoint
+in runs/sums. The device is CUDA where there is one. docs/real.md's tables are filled in from these
+files by plot.py. (The first edition's four tasks, results/real, were run by docs/real.py at commit
+e556bde.)
 """
 
 import argparse
 import json
-import os
-import subprocess
+import multiprocessing
+import shutil
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path[:0] = [str(HERE), str(ROOT)]
-from evidence import about, curves_of, save  # noqa: E402
+sys.path.insert(0, str(HERE))
+from temperatures import commit_of, motg, processor  # noqa: E402
 
-import motg  # noqa: E402
-
-RUNS = ROOT / "runs/real"
+RESULTS, RUNS = HERE / "results/sums", HERE.parents[1] / "runs/sums"
 METHODS = ("single", "dirichlet", "different-tokens")
-GCD = {"task_settings": '{"max_numbers": 2, "min_value": 2, "max_value": 30}', "max_new_tokens": 56}
-LETTERS = {"task_settings": '{"min_words": 3, "max_words": 5}'}
-SUMS = {"task_settings": '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}'}
-SLOW = {"lr": 1e-5, "prompts_per_step": 8}
-TASKS = {
-    "gcd": GCD,
-    "syllogism": {},
-    "letter_counting": LETTERS,
-    "chain_sum": SUMS,  # no answer is right for many problems
-    "chain_sum-slow": SUMS | SLOW,
-    "letter_counting-slow": LETTERS | SLOW,
-    "gcd-slow": GCD | SLOW,
-    "gcd-partial": GCD,  # Reasoning-Gym's own score: see `all_or_nothing`
+TEMPERATURES = (0.7, 0.3)
+SETTINGS = {
+    "task": "chain_sum",
+    "task_settings": '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}',
+    "shots": str(HERE / "shots/chain_sum.json"),
+    "max_prompt_tokens": 512,
+    "max_new_tokens": 48,
+    "prompts_per_step": 8,
+    "chains": 8,
+    "accumulate": 1,
+    "steps": 40,
+    "save_every": 10**6,
+    "lr": 1e-5,
+    "kl_beta": 0.0,
+    "loss_average": "token",
+    "micro_tokens": 2048,
 }
-OWN_SCORE = ("syllogism", "gcd-partial")
-COMMON = {"max_prompt_tokens": 512, "max_new_tokens": 48, "temperature": 0.7}  # 0.9 babbles
-COMMON |= {"chains": 8, "prompts_per_step": 4, "accumulate": 1, "steps": 16, "save_every": 4}
-COMMON |= {"lr": 3e-5, "kl_beta": 0.0, "loss_average": "token", "micro_tokens": 768}
-PROBLEMS, CHAINS = 64, 4  # held out, and chains for each
+PROBLEMS = 64  # held out, with 8 chains each
+CURVES = ("correct", "format", "no_gradient", "entropy", "support", "think_tokens", "grad_norm")
 
 
-def config_of(task, method, seed=0, **more):
+def config_of(method, temperature, seed=0, **more):
     """The settings of a run, or of a read-out of it."""
-    name = task.partition("-")[0]
-    settings = COMMON | TASKS[task] | more | {"shots": str(HERE / f"shots/{name}.json")}
-    settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    return motg.make_config(**settings | {"task": name, "method": method, "seed": seed})
-
-
-def name_of(task, method, seed):
-    return f"{task}-{method}.{seed}"
+    more["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    own = {"method": method, "temperature": temperature, "seed": seed}
+    return motg.make_config(**SETTINGS | own | more)
 
 
 own_score = motg.score
@@ -79,103 +72,87 @@ def read_out(model, tokenizer, cfg):
     tests, generator = motg.test_problems(cfg, tokenizer), torch.Generator(model.device)
     generator.manual_seed(cfg.seed)
     right, means, answers, samples = [], Counter(), Counter(), []
-    for part in [tests[i : i + 16] for i in range(0, len(tests), 16)]:
+    for part in [tests[i : i + 32] for i in range(0, len(tests), 32)]:
         r, parts = motg.attempt(model, tokenizer, part, cfg, generator)
-        right += torch.tensor([p["correct"] for p in parts]).view(-1, cfg.chains).sum(1).tolist()
+        correct = [p["correct"] for p in parts]
+        right += torch.tensor(correct).view(-1, cfg.chains).sum(1).int().tolist()
         probes = motg.step_probes(r) | {"format": sum(p["format"] for p in parts) / len(parts)}
         means.update({key: x * len(part) / len(tests) for key, x in probes.items()})
         answers.update(motg.extract_answer(text) for text in r.texts)
-        for row in range(0, len(r.mask), 4 * cfg.chains):
-            entry = part[row // cfg.chains][1]
-            shown = {"q": entry["question"], "answer": entry["answer"], "text": r.texts[row]}
-            samples.append(shown | {"correct": parts[row]["correct"]})
-    found = {"problems": len(tests), "chains": cfg.chains, "right": [int(n) for n in right]}
-    answers = [[answer, n] for answer, n in answers.most_common(8)]
-    return found | dict(means) | {"answers": answers, "samples": samples}
+        samples += [r.texts[row] for row in range(0, len(r.texts), 8 * cfg.chains)]
+    return {
+        "problems": len(tests),
+        "chains": cfg.chains,
+        "right": right,
+        **{key: float(f"{x:.4g}") for key, x in means.items()},
+        "answers": answers.most_common(5),
+        "samples": samples,
+    }
 
 
-def result_of(path):
-    """The result as far as it is there, and the methods whose read-outs are missing."""
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    return kept, [method for method in METHODS if method not in kept.get("read_out", {})]
+def all_read_outs(folder, methods, seed):
+    """{"method, T": read-out} of the model in a folder."""
+    found = {}
+    for method in methods:
+        for T in TEMPERATURES:
+            cfg = config_of(method, T, seed, eval_problems=PROBLEMS)
+            if not found:
+                model, tokenizer = motg.load_model(cfg, folder)
+                model.to(motg.compute_dtype(model, cfg))
+            found[f"{method}, T={T}"] = read_out(model, tokenizer, cfg)
+    return found
 
 
-def fill(path, kept, missing, task, folder):
-    """Add the missing read-outs, each kept as soon as it is there; to the base, what is right."""
-    how = {"eval_problems": PROBLEMS, "chains": CHAINS}
-    model, tokenizer = motg.load_model(config_of(task, "single"), folder)
-    kept.setdefault("read_out", {})
-    for method in missing:
-        cfg = config_of(task, method, **how)
-        kept["read_out"][method] = read_out(model, tokenizer, cfg)
-        if "method" not in kept:
-            kept["truths"] = [entry["answer"] for _, entry, _ in motg.test_problems(cfg, tokenizer)]
-        save(path, kept)
+def path_of(method, temperature, seed):
+    return RESULTS / (f"{method}_T={temperature}.{seed}.json" if method else "base.json")
 
 
-def base(task, folder, results):
-    """The untrained model, read out by every method."""
-    path = results / f"{task}.json"
-    kept, missing = result_of(path)
-    fill(path, kept | {"task": task, "about": about()}, missing, task, folder)
-
-
-def one_run(task, method, seed, folder, results):
-    """Train, keep the curves, read out."""
-    motg.score = own_score if task in OWN_SCORE else all_or_nothing
-    name = name_of(task, method, seed)
-    out, path, began = RUNS / name, results / f"{name}.json", time.perf_counter()
-    kept, missing = result_of(path)
-    if not kept:
-        resumed = (out / "config.json").exists()
-        if not (out / "result.json").exists():  # train's own evaluations are cut to one problem
-            more = {"out": str(out), "resume": True, "model": folder, "eval_problems": 1}
-            motg.train(config_of(task, method, seed, **more))
-        kept = {"task": task, "method": method, "seed": seed, "about": about()}
-        kept["bf16"] = torch.cpu._is_avx512_bf16_supported() or torch.cuda.is_available()
-        kept["seconds"] = None if resumed else round(time.perf_counter() - began)
-        kept["curves"] = curves_of(out)
-    missing.sort(key=lambda read: read != method)  # its own first
-    fill(path, kept, missing, task, str(out / "checkpoint"))
-    (out / "trainer.pt").unlink(missing_ok=True)  # 1.6 GB that a finished run does not need
-
-
-def started(job, model, results):
-    """One job in a process of its own, on one thread: (task,) or (task, method, seed)."""
-    name = name_of(*job) if job[1:] else job[0]
-    if not result_of(results / f"{name}.json")[1]:
+def one_run(job):
+    """Trains and reads out, or reads the base out; job is (model, method, temperature, seed)."""
+    model, method, temperature, seed = job
+    path, began = path_of(method, temperature, seed), time.perf_counter()
+    if path.exists():
         return
-    RUNS.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(HERE / "real.py"), "--model", model, "--results", str(results)]
-    command += ["--run", *map(str, job)]
-    with open(RUNS / f"{name}.log", "a") as log:
-        env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        done = subprocess.run(command, check=False, env=env, stdout=log, stderr=log)
-    print(time.strftime("%H:%M:%S"), name, f"status {done.returncode}", flush=True)
+    motg.score = all_or_nothing
+    torch.set_num_threads(1)
+    found = {"method": method, "temperature": temperature, "seed": seed}
+    if method:
+        out = RUNS / path.stem
+        more = {"out": str(out), "resume": True, "model": model, "eval_problems": 1}
+        motg.train(config_of(method, temperature, seed, **more))
+        logs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        found["curves"] = {key: [float(f"{log[key]:.4g}") for log in logs] for key in CURVES}
+        methods = dict.fromkeys((method, "single"))
+        found["read_out"] = all_read_outs(str(out / "checkpoint"), methods, seed)
+        shutil.rmtree(out)  # 2.2 GB that a finished run does not need
+    else:
+        found["read_out"] = all_read_outs(model, METHODS, seed)
+    cuda = torch.cuda.is_available()
+    found["about"] = {
+        "commit": commit_of(),
+        "machine": torch.cuda.get_device_name() if cuda else processor(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "seconds": round(time.perf_counter() - began),
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".new").write_text(json.dumps(found) + "\n")
+    path.with_suffix(".new").rename(path)
+    print(time.strftime("%H:%M:%S"), path.name, found["about"]["seconds"], "s", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--only", default=",".join(TASKS), help="tasks, with commas")
-    parser.add_argument("--methods", default=",".join(METHODS), help="methods, with commas")
-    parser.add_argument("--seeds", type=int, default=2, help="so many of each")
-    parser.add_argument("--results", type=Path, default=HERE / "results/real")
-    parser.add_argument("--run", nargs="*", help="one job, in this process: TASK [METHOD SEED]")
+    parser.add_argument("--seeds", type=int, default=5, help="so many of each")
     a = parser.parse_args()
-    if a.run:
-        task, *rest = a.run
-        if rest:
-            one_run(task, rest[0], int(rest[1]), a.model, a.results)
-        else:
-            base(task, a.model, a.results)
-        return
-    tasks, methods = a.only.split(","), a.methods.split(",")
-    jobs = [(t, m, s) for s in range(a.seeds) for t in tasks for m in methods]
-    bases = [(t,) for t in tasks if "-" not in t]  # the others have the same problems
-    with ThreadPoolExecutor(a.jobs) as pool:
-        list(pool.map(lambda job: started(job, a.model, a.results), [*jobs, *bases]))
+    jobs = [(a.model, None, None, 0)]
+    for seed in range(a.seeds):
+        jobs += [(a.model, method, T, seed) for T in TEMPERATURES for method in METHODS]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(a.jobs, mp_context=context) as pool:
+        list(pool.map(one_run, jobs))
 
 
 if __name__ == "__main__":

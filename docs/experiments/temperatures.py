@@ -8,22 +8,24 @@ A run is a method, a temperature, a learning rate and a seed. The seed makes the
 of its own), the problems and the sampling. It trains for 80 steps and leaves one JSON file in
 docs/experiments/results/temperatures; one that is there is not repeated.
 
-Seeds 0 and 1 choose, on 250 test problems x 8 chains: seed 0 each method at all temperatures, seed
-1 at the best two of these, then seed 0 three methods with half and twice the rate. Seeds 2 to 6
+Seeds 0 to 4 train every method at every temperature, and are read on 250 test problems x 8 chains.
+They choose each method's temperature, and seeds 0 and 1 its learning rate there. Seeds 5 to 9
 compare: each method at what was chosen for it, read before and after on 1,000 problems. Nothing is
-chosen for the paper's T = 0.9: there seeds 0 to 4 compare, on 250 problems. A run takes about two
-minutes on one thread of an AMD EPYC without bf16, one that is read on 1,000 problems about three.
+chosen for the paper's T = 0.9: there seeds 0 to 4 compare. A run takes about a minute on one thread
+of an AMD EPYC with bf16, one that is read on 1,000 problems two, and 400 steps take four.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -42,13 +44,16 @@ METHODS = {
     "different-tokens": {"method": "different-tokens"},
     "multiplex": {"method": "multiplex"},
     "soft-thinking": {"method": "soft-thinking", "logprob": "exact"},
+    "soft-thinking weighted": {"method": "soft-thinking", "logprob": "weighted"},
 }
 TEMPERATURES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1)
 RATE = motg.SMOKE["lr"]
 RATES = (RATE / 2, RATE, RATE * 2)
-CHOOSE, COMPARE = (0, 1), (2, 3, 4, 5, 6)  # seeds
-PAPER_T, PAPER = 0.9, (0, 1, 2, 3, 4)  # the paper's temperature, and the seeds that compare there
-STEPS = 80
+CHOOSE, COMPARE = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)  # seeds
+RATED = CHOOSE[:2]  # seeds that choose the rate
+PAPER_T = 0.9  # the paper's temperature; the choosing seeds compare there
+COLD_T = 0.1
+STEPS, CHAINS = 80, 8
 # What is drawn in a thought? These read a model that `single` has trained at T = 0.9.
 DRAWN = {
     "everything is drawn": {"method": "single"},
@@ -63,8 +68,8 @@ DRAWN = {
     },
     "single tokens, all cold": {"method": "single", "temperature": 0.1},
 }
-RATED = ("single", "dirichlet", "different-tokens")  # these choose their rate; others keep RATE
 LONG = ("single", "different-tokens", "soft-thinking")  # these train for 400 steps too
+WIDE = ("single", "different-tokens", "multiplex")  # at T = 0.9 these are read with 32 chains too
 T95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, by the number of seeds
 
 
@@ -76,12 +81,14 @@ class Run(NamedTuple):
     seed: int
     rate: float = RATE
     steps: int = STEPS
+    chains: int = CHAINS
 
     @property
     def path(self):
         parts = [self.name.replace(" ", "-"), f"T={self.temperature}"]
         parts += [f"lr={self.rate:g}"] * (self.rate != RATE)
         parts += [f"steps={self.steps}"] * (self.steps != STEPS)
+        parts += [f"chains={self.chains}"] * (self.chains != CHAINS)
         return RESULTS / f"{'_'.join(parts)}.{self.seed}.json"
 
     def result(self):
@@ -98,10 +105,37 @@ def base_of(seed):
     return str(folder)
 
 
+def commit_of():
+    """The last commit that changed motg.py; MOTG_COMMIT says it where there is no git."""
+    git = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--", "motg.py"]
+    return os.environ.get("MOTG_COMMIT") or subprocess.check_output(git, text=True).strip()
+
+
+def processor():
+    """Its name, as Linux gives it."""
+    names = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
+    return names[0] if names else platform.machine()
+
+
 def read_out(model, tokenizer, tests, seed, **how):
     """pass@k, standard error and probes of one way to read a model."""
     cfg = motg.make_config(smoke=True, seed=seed, **how)
     return motg.evaluate(model, tokenizer, cfg, torch.Generator(), tests)
+
+
+def read_outs(run):
+    """(name, which model, settings) of each way in which a run is read."""
+    own, cold = {"temperature": run.temperature}, {"temperature": COLD_T}
+    warm = {"temperature": PAPER_T}
+    if run.seed in COMPARE:
+        yield "before, own", "before", own
+    yield "after, own", "after", own
+    if run.temperature == PAPER_T:
+        yield "after, cold", "after", cold
+    elif run.seed in COMPARE:
+        yield "after, warm", "after", warm
+    if run.temperature == PAPER_T and run.name in WIDE and run.steps == STEPS:
+        yield "after, 32 chains", "after", own | {"chains": 32}
 
 
 def carry_out(run):
@@ -110,25 +144,25 @@ def carry_out(run):
     how = METHODS[run.name] | {"temperature": run.temperature}
     out = RUNS / run.path.stem
     settings = {"smoke": True, "seed": run.seed, "model": base, "out": str(out), "lr": run.rate}
-    settings |= {"steps": run.steps, "eval_problems": 64, "save_every": 10**6, "resume": True}
+    settings |= {"steps": run.steps, "chains": run.chains, "resume": True}
+    settings |= {"eval_problems": 64, "save_every": 10**6}
     cfg = motg.make_config(**settings | how)
     motg.train(cfg)
-    compares = run.seed in COMPARE and run.temperature != PAPER_T
-    cfg.eval_problems = 1000 if compares else 250
+    cfg.eval_problems = 1000 if run.seed in COMPARE else 250
     found = {**run._asdict(), "problems": cfg.eval_problems}
-    for when, folder in (("before", base), ("after", str(out / "checkpoint"))):
-        model, tokenizer = motg.load_model(cfg, folder)
+    folders = {"before": base, "after": str(out / "checkpoint")}
+    models = {when: motg.load_model(cfg, folder) for when, folder in folders.items()}
+    for name, when, more in read_outs(run):
+        model, tokenizer = models[when]
         tests = motg.test_problems(cfg, tokenizer)
-        if when == "after" or compares:
-            found[f"{when}, own"] = read_out(model, tokenizer, tests, run.seed, **how)
+        found[name] = read_out(model, tokenizer, tests, run.seed, **how | more)
     lines = (out / "metrics.jsonl").read_text().splitlines()
     logs = [json.loads(line) for line in lines]
     names = ("correct", "entropy", "support", "think_tokens", "grad_norm", "no_gradient")
     found["curves"] = {key: [float(f"{log[key]:.4g}") for log in logs] for key in names}
-    git = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--", "motg.py"]
     found["about"] = {
-        "commit": subprocess.check_output(git, text=True).strip(),
-        "processor": platform.processor() or platform.machine(),
+        "commit": commit_of(),
+        "processor": processor(),
         "torch": version("torch"),
         "seconds": round(time.perf_counter() - began),
     }
@@ -184,33 +218,33 @@ def accuracies(runs, read="after, own", key="pass@1"):
 
 
 def best(name):
-    """The temperature and the rate that the choosing seeds prefer; T = 0.3 until they are there."""
+    """The temperature and the rate that the choosing seeds prefer; T = 0.1 until they are there."""
     mark = {T: accuracies([Run(name, T, s) for s in CHOOSE]) for T in TEMPERATURES}
     mark = {T: values for T, values in mark.items() if len(values) == len(CHOOSE)}
     if not mark:
-        return 0.3, RATE
+        return COLD_T, RATE
     T = max(mark, key=lambda T: mean(mark[T]))
-    mark = {rate: accuracies([Run(name, T, CHOOSE[0], rate)]) for rate in RATES}
-    return T, max(mark, key=lambda rate: mean(mark[rate] or [0]))
-
-
-def two_best(name):
-    """The temperatures that the first seed likes best."""
-    first = {T: accuracies([Run(name, T, CHOOSE[0])]) for T in TEMPERATURES}
-    return sorted(first, key=lambda T: -mean(first[T] or [0]))[:2]
+    mark = {rate: accuracies([Run(name, T, s, rate) for s in RATED]) for rate in RATES}
+    mark = {rate: values for rate, values in mark.items() if len(values) == len(RATED)}
+    return T, max(mark, key=lambda rate: mean(mark[rate]))
 
 
 def stages():
     """The runs, stage by stage: a stage needs the results of those before it."""
-    first, *others = CHOOSE
-    yield [Run(name, T, first) for T in TEMPERATURES[:-1] for name in METHODS]
-    yield [Run(name, T, seed) for seed in others for name in METHODS for T in two_best(name)]
-    yield [Run(name, best(name)[0], first, rate) for name in RATED for rate in RATES]
-    for seed in COMPARE:
-        yield [Run(name, best(name)[0], seed, best(name)[1]) for name in METHODS]
-        yield [Run(name, PAPER_T, seed - 1) for name in METHODS if seed - 1 in PAPER]
-    yield [Run(name, TEMPERATURES[-1], first) for name in METHODS]
-    yield [Run(name, best(name)[0], seed, steps=400) for seed in COMPARE for name in LONG]
+    *most, last = TEMPERATURES
+    yield [Run(name, T, seed) for seed in CHOOSE for T in most for name in METHODS]
+    yield [Run(name, last, seed) for seed in CHOOSE for name in METHODS]
+    for rate in (RATES[0], RATES[2]):
+        yield [Run(name, best(name)[0], seed, rate) for seed in RATED for name in METHODS]
+    yield [Run(name, *at(name, seed)) for seed in COMPARE for name in METHODS]
+    yield [Run(name, PAPER_T, seed, steps=400) for seed in CHOOSE for name in LONG]
+    yield [Run(name, *at(name, seed), chains=CHAINS // 2) for seed in COMPARE for name in METHODS]
+
+
+def at(name, seed):
+    """T, seed and rate of a comparing run."""
+    T, rate = best(name)
+    return T, seed, rate
 
 
 def interval(values, sign=""):
@@ -244,8 +278,8 @@ def choice_table():
 def compared(name, temperature=None):
     """The comparing runs of a method, at its best or at the paper's temperature."""
     if temperature is None:
-        return [Run(name, best(name)[0], seed, best(name)[1]) for seed in COMPARE]
-    return [Run(name, temperature, seed) for seed in PAPER]
+        return [Run(name, *at(name, seed)) for seed in COMPARE]
+    return [Run(name, temperature, seed) for seed in CHOOSE]
 
 
 def differences(runs, others):
@@ -292,7 +326,7 @@ def cross_table():
 
 def drawn_table():
     """What is drawn in a thought, of models that `single` has trained at T = 0.9."""
-    paths = [cross_path(PAPER_T, seed) for seed in PAPER]
+    paths = [cross_path(PAPER_T, seed) for seed in CHOOSE]
     found = [json.loads(path.read_text()) for path in paths if path.exists()]
     rows = []
     for name in DRAWN:
@@ -351,6 +385,7 @@ def draw(path=HERE.parent / "figures/temperatures.png"):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--stages", type=int, help="the first so many stages of the runs only")
     parser.add_argument("--cross", action="store_true", help="read single's models by all")
     parser.add_argument("--table", action="store_true", help="print the results")
     parser.add_argument("--run", help="one run, as JSON, in this process")
@@ -365,8 +400,8 @@ def main():
         carry_out(Run(*json.loads(a.run)))
     else:
         with ThreadPoolExecutor(a.jobs) as pool:
-            list(pool.map(base_of, (*CHOOSE, *COMPARE)))
-            for runs in stages():
+            for runs in islice(stages(), a.stages):
+                list(pool.map(base_of, sorted({run.seed for run in runs})))
                 list(pool.map(started, dict.fromkeys(runs)))
 
 
