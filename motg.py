@@ -6,11 +6,8 @@ ends the thought with `</think>`, answers in ordinary tokens, and is trained wit
 
     logits z --softmax(z / T)--> p --k candidates v, weights w--> sum_i w_i E[v_i] --> next input
 
-Read it from top to bottom. Part One is the method, and a student can stop at its end: 1 settings,
-2 a mixture, 3 the log-probability of a step, 4 the end of a thought, 5 rollouts, 6 scoring them in
-parallel, 7 GRPO, 8 the training loop. Part Two is what a program needs around that: 9 other rules
-and methods, 10 tasks and rewards, 11 contained scoring, 12 models, 13 probes, 14 a run's folder and
-evaluation, 15 the command line.
+Read it from top to bottom. Part One is the method, and a student can stop at its end. Part Two is
+what a program needs around that: tasks, contained scoring, models, probes, a command line.
 
 Letters in shapes: B rows (a row is one chain, one completion of a prompt), G chains a prompt, n
 prompts, P the longest prompt, T new tokens (in formulas T is the temperature), k candidates, V
@@ -26,7 +23,6 @@ if __name__ == "__main__":  # these must be set before torch is loaded; your own
 import argparse
 import copy
 import hashlib
-import importlib
 import inspect
 import json
 import math
@@ -40,14 +36,13 @@ import types
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import reasoning_gym
-import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -75,19 +70,12 @@ class Config:
     k: int = 2  # candidates a step (paper: 2)
     temperature: float = 0.9  # T in p = softmax(z / T) (paper: 0.9)
     answer_temperature: float = 0.0  # T of the answer; 0: the same as in the thought
-    top_p: float = 0.95  # nucleus: the probability that the candidates reach together
-    min_p: float = 0.05  # min-p: a candidate needs at least this share of the largest p
     concentration: float = 1.0  # dirichlet: c in w ~ Dir(c p^) (paper: 1)
-    moi_beta: float = 1.0  # posterior: beta of Mixture of Inputs
-    gumbel_tau: float = 1.0  # gumbel: tau of the softmax
     mix_steps: int = 0  # mix in the first n steps of a thought only; 0: in all
     mix_entropy: float = 0.0  # mix only where H(p) reaches this, in nats
     logprob: str = "representative"  # the score of a step: representative, weighted or exact
     weight_passes: int = 0  # extra passes, for the gradient through weights computed from p
-    end: str = "drawn"  # the rule that ends a thought: drawn, most-likely, entropy or steps
-    end_entropy: float = 0.1  # end=entropy: a step counts if its H(p) is below this, in nats
-    end_patience: int = 256  # end=entropy: end after so many of these in a row (Soft Thinking: 256)
-    end_steps: int = 128  # end=steps: the thinking steps before the tag is put in
+    end: str = "drawn"  # the rule that ends a thought: drawn or most-likely
     # GRPO (7) and the training loop (8)
     chains: int = 10  # G, the chains (sampled completions) of a prompt (paper: 10 or 5)
     prompts_per_step: int = 1  # prompts a step (paper: 1)
@@ -144,16 +132,6 @@ def token_distribution(logits, temperature):
     return F.log_softmax(logits.float() / temperature, dim=-1)
 
 
-def entropy_of(log_p):
-    """H(p) in nats: (..., V) -> (...)."""
-    return -(log_p.exp() * log_p.clamp(min=-99)).sum(-1)
-
-
-def gumbel_noise(like, generator=None):
-    """Standard Gumbel noise. argmax(log p + noise) is a draw from p: the Gumbel-max trick."""
-    return -torch.empty_like(like).exponential_(generator=generator).log()
-
-
 def draw(log_p, generator=None):
     """One token a row from p, (B, V) -> (B,): the first whose cumulative p exceeds u ~ U(0, 1). The
     sum is in float64, because float32 would lose the rare tokens. (torch.multinomial would not do:
@@ -165,22 +143,20 @@ def draw(log_p, generator=None):
     return token[:, 0].clamp(max=log_p.shape[1] - 1)
 
 
+def gumbel_noise(like, generator=None):
+    """Standard Gumbel noise. argmax(log p + noise) is a draw from p: the Gumbel-max trick."""
+    return -torch.empty_like(like).exponential_(generator=generator).log()
+
+
 def pick(x, index):
     """x[..., index]: the entry of x (..., n) at each index (...)."""
     return x.gather(-1, index[..., None])[..., 0]
 
 
-def slot_of(tokens, token):
-    """One-hot (..., k), bool: the first slot of tokens (..., k) that holds `token` (...)."""
-    slots = tokens == token[..., None]
-    return slots & (slots.cumsum(-1) == 1)
-
-
 class Candidates(NamedTuple):
     """A sampling rule. choose(log_p (B, V), first (B,), cfg, generator) returns tokens (B, k) and
-    their log p, which is -inf in slots that stay empty; `first` is a token already drawn from p. A
-    rule that draws candidates begins with `first`, which is then the token read, and it also has
-    logprob(log_p (..., V), tokens (..., k), cfg) -> (...), the log-probability of the draws."""
+    their log p, -inf in slots that stay empty. `first` is a token already drawn from p; a rule that
+    draws begins with it, reads it, and has logprob(log_p (..., V), tokens (..., k), cfg) -> (...)."""
 
     choose: Callable
     logprob: Callable = None
@@ -191,9 +167,8 @@ class Weights(NamedTuple):
 
     weigh(log_hat, cfg, generator) returns log w up to a constant. A rule that draws weights also
     has logdensity(log_hat, log_w, filled, cfg) -> (...). The token read is drawn from w, or has the
-    largest weight (`reads_largest`). Once it is known, reweigh(log_hat, log_p, read, cfg) may make
-    new weights; `read` (..., k) is one-hot. feed(embeddings (..., k, d), log_w) -> (..., d) takes
-    the place of the weighted sum.
+    largest weight (`reads_largest`); reweigh(log_hat, log_p, read (...), tokens, cfg) may then make
+    new weights. feed(embeddings (..., k, d), log_w) -> (..., d) replaces the weighted sum.
     """
 
     weigh: Callable = lambda log_hat, *_: log_hat  # w = p^
@@ -252,10 +227,19 @@ def dirichlet_logdensity(log_hat, log_w, filled, cfg):
     return (terms * filled).sum(-1) + (a * filled).sum(-1).lgamma()
 
 
-# These are the paper's rules. Section 9 adds those of other papers; put your own there too.
+def with_replacement(log_p, first, cfg, generator=None):
+    """k independent draws (Multiplex Thinking, CoT2)."""
+    tokens = torch.stack([first, *(draw(log_p, generator) for _ in range(cfg.k - 1))], -1)
+    return tokens, log_p.gather(-1, tokens)
+
+
+# docs/tools/field.py has the rules of other papers. A rule of your own is a function here, too.
 SAMPLING = {
     "top-k": Candidates(top_k),
     "without-replacement": Candidates(without_replacement, plackett_luce),
+    "with-replacement": Candidates(
+        with_replacement, lambda log_p, tokens, cfg: log_p.gather(-1, tokens).sum(-1)
+    ),
 }
 AGGREGATION = {
     "probability": Weights(),
@@ -281,7 +265,7 @@ def sample_mixture(logits, cfg, generator=None, first=None) -> Mixture:
         noise = 0.0 if weights.reads_largest else gumbel_noise(log_w, generator)
         read = pick(tokens, (log_w + noise).argmax(-1))
     if weights.reweigh:
-        log_w = weights.reweigh(log_hat, log_p, slot_of(tokens, read), cfg)
+        log_w = weights.reweigh(log_hat, log_p, read, tokens, cfg)
     return Mixture(tokens, log_w, read)
 
 
@@ -378,14 +362,12 @@ def going_on(log_p, step, tag):
 # If not, the step mixes from p', which is p without the tokens that would have ended the thought.
 # So a mixture never holds an ending token: no model has seen an input that is a quarter `</think>`.
 # (The published codes mix first, and look afterwards whether the token read is the tag. README.md
-# compares the two.) This rule is called `drawn`, and `cfg.end` has others:
+# compares the two.) This rule is called `drawn`. With `most-likely`, a thought ends where
+# the arg-max of p ends it, and nowhere else; what such a rule puts in is FORCED.
 #
-#     most-likely      the thought ends where the arg-max of p would end it, and nowhere else
-#     entropy, steps   as drawn, or when H(p) was small for end_patience steps, or after end_steps
-#
-# What these put in is FORCED. The tag is looked for in the text, not among the ids: for Qwen2.5 it
-# is three tokens, of which the last may hold what follows too (`>\n` is one token). All that counts
-# about the text is its state: how many characters of the tag it ends with, 0 to 7, or one of these:
+# The tag is looked for in the text, not among the ids: for Qwen2.5 it is three tokens, of which the
+# last may hold what follows too (`>\n` is one token). All that counts about the text is its state:
+# how many characters of the tag it ends with, 0 to 7, or one of these:
 TAG = "</think>"
 ANSWER = len(TAG)  # the tag is complete
 ENDED = ANSWER + 1  # an EOS was read
@@ -434,6 +416,14 @@ def step_distribution(logits, matched, tag, cfg):
     if cfg.end == "most-likely":  # no draw may end the thought: p is p'
         logits = logits.masked_fill(tag.ends[matched], -INF)
     return token_distribution(logits, T)
+
+
+# A rule gets the Decoder of section 5 and returns the rows (B,) in which it puts a token in, and the
+# tokens (B,). docs/tools/field.py has rules by entropy and by the number of steps.
+END = {
+    "drawn": lambda decoder: (decoder.matched < 0, decoder.matched),  # nothing is put in
+    "most-likely": lambda decoder: decoder.likeliest_end(),
+}
 
 
 # ---------------------------------------------------------------------------------- 5. rollouts
@@ -505,39 +495,38 @@ CACHE = "cache" if RELEASE >= (5, 24) else "past_key_values"
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def forward(model, embeds, mask, cache, position=None, **more):
+def forward(model, embeds, mask, cache, position=None):
     """Runs the model without its head on embeddings (B, Q, d) that follow what the cache holds.
     `mask` (B, S) covers both. Positions, if not given, count only what the mask does not hide."""
     if position is None:
         position = (mask.cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]  # (B, Q)
-    more |= {"attention_mask": mask, "position_ids": position, CACHE: cache, "use_cache": True}
+    how = {"attention_mask": mask, "position_ids": position, CACHE: cache, "use_cache": True}
     with sdpa_kernel(ATTENTION):
-        return model.base_model(inputs_embeds=embeds, **more)
+        return model.base_model(inputs_embeds=embeds, **how).last_hidden_state  # (B, Q, d)
 
 
-def read_prompts(model, ids, mask, cache, **more):
-    """Reads n distinct prompts (n, P) into the cache; returns the model's output."""
+def read_prompts(model, ids, mask, cache):
+    """Reads n distinct prompts (n, P) into the cache; returns hidden states (n, P, d)."""
     embeds = F.embedding(ids, model.get_input_embeddings().weight)  # (n, P, d)
-    return forward(model, embeds, mask, cache, **more)
+    return forward(model, embeds, mask, cache)
 
 
 class Decoder:
     """The state of a rollout: what the B chains of prompts (n, P) have written so far."""
 
     def __init__(self, model, tokenizer, ids, mask, cfg, generator):
-        self.model, self.cfg, self.generator = model, cfg, generator
+        self.model, self.tokenizer, self.cfg, self.generator = model, tokenizer, cfg, generator
         self.head, self.tag = model.get_output_embeddings(), tag_of(model, tokenizer)
-        self.tag_ids = ids.new_tensor(tokenizer.encode(TAG, add_special_tokens=False))
         n, self.P = mask.shape
         T = cfg.max_new_tokens
         slots = (self.P + T + 15) // 16 * 16  # attention would pad other lengths in each layer
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=slots)
-        out = read_prompts(model, ids, mask, self.cache)
-        self.logits = self.head(out.last_hidden_state[:, -1])  # (n, V)
+        hidden = read_prompts(model, ids, mask, self.cache)  # (n, P, d)
+        self.logits = self.head(hidden[:, -1])  # (n, V)
         self.start = mask.sum(1, keepdim=True)  # (n, 1) lengths of the prompts
-        hidden = F.pad(~mask, (0, slots - self.P), value=True)[:, None, None]  # (n, 1, 1, slots)
-        self.attention_bias = hidden.to(model.dtype) * -1e9  # 0 where a row may look, else -1e9
-        self.matched, self.streak = ids.new_zeros(2, n)  # see section 4; forced()
+        covered = F.pad(~mask, (0, slots - self.P), value=True)[:, None, None]  # (n, 1, 1, slots)
+        self.attention_bias = covered.to(model.dtype) * -1e9  # 0 where a row may look, else -1e9
+        self.matched = ids.new_zeros(n)  # the text's state: see section 4
         self.rows = torch.arange(n * cfg.chains, device=ids.device)  # (B,) rows of the record
         self.keep(self.rows // cfg.chains)  # each prompt's row is copied to its chains
         self.t = ids.new_zeros(1)
@@ -560,27 +549,20 @@ class Decoder:
         self.start = self.start[rows]
         self.logits = self.logits[rows]
         self.matched = self.matched[rows]
-        self.streak = self.streak[rows]
         self.attention_bias = self.attention_bias[rows]
         self.cache.reorder_cache(rows)
 
-    def forced(self):
-        """Rows (B,) in which a rule ends the thought, and the tokens (B,) that it puts in. A row's
-        streak counts the steps towards the end, and beyond the patience the tokens of the tag."""
-        if self.cfg.end == "most-likely":
-            token = self.logits.argmax(-1)
-            return self.tag.ends[self.matched, token], token
-        patience = {"entropy": self.cfg.end_patience, "steps": self.cfg.end_steps}
-        place = self.streak - patience.get(self.cfg.end, INF)  # (B,) which token of the tag
-        token = self.tag_ids[place.clamp(0, len(self.tag_ids) - 1).long()]
-        return (self.matched < ANSWER) & (place >= 0), token
+    def likeliest_end(self):
+        """The rows (B,) whose likeliest token ends the thought, and that token (B,)."""
+        token = self.logits.argmax(-1)
+        return self.tag.ends[self.matched, token], token
 
     def choose(self):
         """Draws a token, and mixes where it leaves the thought open. Returns Steps (B, ...)."""
         cfg, matched, tag, z = self.cfg, self.matched, self.tag, self.logits
         log_p = step_distribution(z, matched, tag, cfg)  # (B, V)
-        entropy = entropy_of(log_p)  # (B,)
-        forced, token = self.forced()
+        entropy = -(log_p.exp() * log_p.clamp(min=-99)).sum(-1)  # (B,) in nats
+        forced, token = END[cfg.end](self)
         y = torch.where(forced, token, draw(log_p, self.generator))  # (B,)
         mixes = (matched < ANSWER) & ~forced & ~tag.ends[matched, y]  # (B,)
         mixes &= (entropy >= cfg.mix_entropy) & (self.t < (cfg.mix_steps or INF))
@@ -601,16 +583,13 @@ class Decoder:
         cfg, step = self.cfg, self.choose()
         for recorded, chosen in zip(self.record, step):
             recorded[self.rows, self.t] = chosen
-        blunt = step.entropy >= (cfg.end_entropy if cfg.end == "entropy" else INF)
-        blunt &= step.kind != FORCED  # a tag that has begun is put in to its end
-        self.streak.copy_((self.streak + 1).masked_fill(blunt, 0))
         self.matched.copy_(self.tag.after[self.matched, step.representative])
         self.attention_bias.index_fill_(3, self.P + self.t, 0.0)
         table = self.model.get_input_embeddings().weight
         embeds = mixture_embedding(table, step.tokens, step.log_weights, cfg.aggregation)  # (B, d)
         position = self.start + self.t  # (B, 1)
-        out = forward(self.model, embeds[:, None], self.attention_bias, self.cache, position)
-        self.logits.copy_(self.head(out.last_hidden_state[:, 0]))
+        hidden = forward(self.model, embeds[:, None], self.attention_bias, self.cache, position)
+        self.logits.copy_(self.head(hidden[:, 0]))
         self.t.add_(1)
 
 
@@ -625,7 +604,7 @@ def captured(step, generator):
     except Exception as e:  # noqa: BLE001  (some models read a value at each step)
         for g, state in before.items():  # a failed capture leaves the generators unusable
             g.graphsafe_set_state(state)
-        print(f"motg: goes on without a CUDA graph, slower: {first_line(e)}", file=sys.stderr)
+        print(f"motg: goes on without a CUDA graph, slower: {one_line(e)}", file=sys.stderr)
         return step
     return graph.replay
 
@@ -671,22 +650,21 @@ LOGITS_CHUNK = 2**24  # numbers in a chunk
 
 
 def completion_hidden(model, r, log_weights, cfg):
-    """The hidden states (B, T, d) that predict each step: a list, embeddings first, then layers."""
+    """The last layer's hidden states (B, T, d), from which the head predicts each step."""
     _, chains = torch.unique_consecutive(r.prompt, return_counts=True)  # (n,) rows a prompt
     first = chains.cumsum(0) - chains  # (n,) a prompt's first row
     ids = r.prompt_ids[first]  # (n, P)
     mask = r.prompt_mask[first]
     cache = transformers.DynamicCache(config=model.config)
-    prompt = read_prompts(model, ids, mask, cache, output_hidden_states=True)
+    prompt = read_prompts(model, ids, mask, cache)  # (n, P, d)
     cache.batch_repeat_interleave(chains)
     table = model.get_input_embeddings().weight
     embeds = mixture_embedding(table, r.tokens, log_weights, cfg.aggregation)  # (B, T, d)
     visible = F.pad(r.prompt_mask, (0, r.kind.shape[1]), value=True)  # (B, P + T)
-    steps = forward(model, embeds, visible, cache, output_hidden_states=True)
-    return [  # the prompt's last state predicts step 0, that of step t - 1 predicts step t
-        torch.cat([before[:, -1:].repeat_interleave(chains, dim=0), after[:, :-1]], dim=1)
-        for before, after in zip(prompt.hidden_states, steps.hidden_states)  # (n, P, d), (B, T, d)
-    ]
+    steps = forward(model, embeds, visible, cache)  # (B, T, d)
+    # the prompt's last state predicts step 0, that of step t - 1 predicts step t
+    before = prompt[:, -1:].repeat_interleave(chains, dim=0)  # (B, 1, d)
+    return torch.cat([before, steps[:, :-1]], dim=1)
 
 
 # If the weights are computed from p, the parameters theta act by a second path too: theta -> w_1 ->
@@ -703,8 +681,7 @@ def weights_of_p(logits, step, tag, cfg):
     _, log_q, log_hat = going_on(log_p, step, tag)  # (N, V), (N, k)
     of_p = weigh(log_hat, cfg)
     if weights.reweigh:
-        read = slot_of(step.tokens, step.representative)
-        of_p = weights.reweigh(log_hat, log_q, read, cfg)
+        of_p = weights.reweigh(log_hat, log_q, step.representative, step.tokens, cfg)
     of_p = of_p.masked_fill(step.log_weights == -INF, 0.0)
     return step.log_weights + of_p - of_p.detach()
 
@@ -727,8 +704,7 @@ def rollout_logprobs(model, rollout, cfg, micro_batch=None):
         def of_chunk(hidden, *step):
             return function(head(hidden), Steps(*step), r.tag, cfg)
 
-        hidden = completion_hidden(model, r, log_weights, cfg)[-1]  # (B, T, d)
-        hidden = hidden[sampled]  # (N, d)
+        hidden = completion_hidden(model, r, log_weights, cfg)[sampled]  # (N, d)
         size = max(1, LOGITS_CHUNK // len(head.weight))
         chunks = zip(*(x.split(size) for x in (hidden, *steps)))
         how = {"use_reentrant": False, "preserve_rng_state": False}
@@ -889,68 +865,6 @@ def train(cfg):
 # ------------------------------------------------------------------- 9. other rules and methods
 
 
-def nucleus(log_p, first, cfg, generator=None):
-    """The likeliest tokens, as few as together reach top_p, at most k of them."""
-    tokens, log_pv = top_k(log_p, first, cfg)
-    p = log_pv.exp()
-    before = p.cumsum(-1) - p  # a token stays while the mass before it is below top_p
-    return tokens, log_pv.masked_fill(before >= cfg.top_p, -INF)
-
-
-def min_p(log_p, first, cfg, generator=None):
-    """The tokens with p of at least min_p times the largest p, at most k of them."""
-    tokens, log_pv = top_k(log_p, first, cfg)
-    return tokens, log_pv.masked_fill(log_pv < log_pv[:, :1] + math.log(cfg.min_p), -INF)
-
-
-def with_replacement(log_p, first, cfg, generator=None):
-    """k independent draws (Multiplex Thinking, CoT2)."""
-    tokens = torch.stack([first, *(draw(log_p, generator) for _ in range(cfg.k - 1))], -1)
-    return tokens, log_p.gather(-1, tokens)
-
-
-def largest(rows, log_weights):
-    """The element-wise maximum of the candidates' embeddings, whatever their weights."""
-    return rows.masked_fill((log_weights == -INF)[..., None], -INF).amax(-2)
-
-
-def posterior(log_hat, log_p, read, cfg):
-    """Mixture of Inputs: w = (H p^ + (beta + 1 - H) read) / (beta + 1), where H is the entropy of p
-    divided by log V, in [0, 1], and `read` is the token read as one-hot."""
-    H = entropy_of(log_p)[..., None] / math.log(max(2, log_p.shape[-1]))  # (..., 1)
-    w = (H * log_hat.exp() + (cfg.moi_beta + 1 - H) * read) / (cfg.moi_beta + 1)
-    return w.clamp(min=1e-30).log().masked_fill(log_hat == -INF, -INF)
-
-
-def gumbel(log_hat, cfg, generator=None):
-    """w = softmax((log p^ + g) / tau), where g is Gumbel noise (SofT-GRPO, LEPO)."""
-    return (log_hat + gumbel_noise(log_hat, generator)) / cfg.gumbel_tau
-
-
-def concrete_logdensity(log_hat, log_w, filled, cfg):
-    """The log-density of such w, called Concrete (Maddison et al. 2017, eq. 10)."""
-    n = filled.sum(-1)  # (...)
-    x = log_hat - cfg.gumbel_tau * log_w  # (..., k)
-    constant = n.float().lgamma() + (n - 1) * math.log(cfg.gumbel_tau)
-    log_total = x.masked_fill(~filled, -INF).logsumexp(-1)
-    return constant + ((x - log_w) * filled).sum(-1) - n * log_total
-
-
-SAMPLING |= {
-    "nucleus": Candidates(nucleus),
-    "min-p": Candidates(min_p),
-    "with-replacement": Candidates(
-        with_replacement, lambda log_p, tokens, cfg: log_p.gather(-1, tokens).sum(-1)
-    ),
-}
-AGGREGATION |= {
-    "uniform": Weights(lambda log_hat, *_: torch.zeros_like(log_hat)),
-    "max": Weights(feed=largest),
-    "posterior": Weights(reweigh=posterior),
-    "gumbel": Weights(gumbel, concrete_logdensity, reads_largest=True),
-}
-
-
 def preset(sampling, aggregation, **more):
     """The settings of a method."""
     return {"sampling": sampling, "aggregation": aggregation, **more}
@@ -961,10 +875,7 @@ METHODS = {
     "dirichlet": preset("top-k", "dirichlet"),
     "different-tokens": preset("without-replacement", "probability", logprob="weighted"),
     "soft-thinking": preset("top-k", "probability"),
-    "mixture-of-inputs": preset("top-k", "posterior"),
     "multiplex": preset("with-replacement", "probability", k=3, logprob="exact"),
-    "soft-grpo": preset("top-k", "gumbel", k=5, gumbel_tau=0.1, logprob="exact"),
-    "lepo": preset("top-k", "gumbel", k=30, gumbel_tau=0.5, mix_steps=32, logprob="weighted"),
 }
 SMOKE = {
     "model": "",
@@ -988,15 +899,15 @@ CHOICES = {
     "sampling": SAMPLING,
     "aggregation": AGGREGATION,
     "logprob": ("representative", "weighted", "exact"),
-    "end": ("drawn", "most-likely", "entropy", "steps"),
+    "end": END,
     "loss_average": ("chain", "token"),
     "device": ("auto", "cuda", "cpu"),
     "precision": ("auto", "fp32", "bf16"),
     "task": reasoning_gym.factory.DATASETS,
 }
-MAY_BE_0 = """answer_temperature moi_beta mix_steps mix_entropy weight_passes end_entropy steps lr
-warmup kl_beta clip eval_every seed"""  # all other numbers must be above 0
-MOST = {"top_p": 1, "min_p": 1, "warmup": 1, "clip": 1, "seed": 10**6 - 1}
+MAY_BE_0 = """answer_temperature mix_steps mix_entropy weight_passes steps lr warmup kl_beta clip
+eval_every seed"""  # all other numbers must be above 0
+MOST = {"warmup": 1, "clip": 1, "seed": 10**6 - 1}
 
 
 class UserError(ValueError):
@@ -1009,18 +920,18 @@ def require(ok, message):
         raise UserError(message)
 
 
-def first_line(error):
-    """The first line of what an exception says."""
-    return (str(error).strip() or repr(error)).splitlines()[0][:200]
+def one_line(error):
+    """What an exception says, on one line."""
+    return " ".join(str(error).split())[:200] or repr(error)
 
 
 @contextmanager
 def refusing(message):
-    """Turns an exception into a UserError: `message`, then the exception's own first line."""
+    """Turns an exception into a UserError: `message`, then what the exception says."""
     try:
         yield
     except Exception as e:
-        raise UserError(f"{message} ({first_line(e)})") from e
+        raise UserError(f"{message} ({one_line(e)})") from e
 
 
 def make_config(method="dirichlet", **overrides) -> Config:
@@ -1031,10 +942,11 @@ def make_config(method="dirichlet", **overrides) -> Config:
         settings["task_settings"] = "{}"  # --smoke's settings are for its own task
     with refusing("unknown setting"):
         cfg = Config(**settings)
-    for name, kind in Config.__annotations__.items():
-        value, choices = getattr(cfg, name), CHOICES.get(name)
-        if choices:
-            require(value in choices, f"{name} = {value!r}; allowed: {', '.join(choices)}")
+    for field in fields(cfg):
+        name, kind, value = field.name, field.type, getattr(cfg, field.name)
+        if name in CHOICES:
+            choices = ", ".join(CHOICES[name])
+            require(value in CHOICES[name], f"{name} = {value!r}; allowed: {choices}")
         elif kind in (int, float):
             least = 0 if name in MAY_BE_0.split() else {int: 1, float: 1e-6}[kind]
             most = MOST.get(name, 10**9)
@@ -1159,7 +1071,7 @@ def score_forever(pipe):
         module, task, answer, entry = pipe.recv()
         verdict = "raised"
         with suppress(BaseException):  # SystemExit too
-            importlib.import_module(module)  # where a task of your own registers itself
+            __import__(module)  # where a task of your own registers itself
             data = dataset(task, 0, entry["metadata"].get("task_settings", "{}"))
             signal.setitimer(signal.ITIMER_REAL, SECONDS)  # by default SIGALRM ends a process
             ok = harmless(task, answer, entry)
@@ -1219,8 +1131,8 @@ def check_model(model):
     full = {*(getattr(config, "layer_types", None) or ())} <= {"full_attention"}
     full = full and not getattr(config, "sliding_window", None)
     ids = torch.arange(10, device=model.device)[None] % config.vocab_size  # (1, 10)
-    out = read_prompts(model, ids, ids >= 0, transformers.DynamicCache(config=config))
-    got, want = head(out.last_hidden_state), model(ids).logits
+    hidden = read_prompts(model, ids, ids >= 0, transformers.DynamicCache(config=config))
+    got, want = head(hidden), model(ids).logits
     same = full and (got - want).norm() < 0.1 * want.norm()  # bf16 rounds by about 0.01
     require(same, f"{type(model).__name__}; allowed: full attention, unscaled embeddings and head")
     model.motg_checked = True
@@ -1235,9 +1147,10 @@ def device_of(cfg):
     return "cuda"
 
 
-def load_model(cfg, name):
-    """An fp32 model, on its device, and its tokenizer. Raises UserError for what cannot be used."""
+def load_model(cfg, name=None):
+    """An fp32 model (by default cfg.model), on its device, and its tokenizer. Raises UserError."""
     device = device_of(cfg)
+    name = name or cfg.model or smoke_model(cfg)
     transformers.utils.logging.disable_progress_bar()
     with refusing(f"model {str(name)!r} cannot be loaded; allowed: a hub name or a folder"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -1265,80 +1178,9 @@ def compute_dtype(model, cfg):
     return torch.bfloat16 if auto or cfg.precision == "bf16" else torch.float32
 
 
-def demonstrate_sum(entry, rng):
-    """Thought and answer for a chain_sum entry: a third works the sum out, a third forgets the last
-    term, a third guesses. Imitation learns all three; only the reward tells which one is right."""
-    terms, habit = entry["metadata"]["expression"].split(), rng.choice(["work", "forget", "guess"])
-    total, thought = int(terms[0]), []
-    for op, term in zip(terms[1::2], terms[2::2]):
-        thought.append(f"{total} {op} {term} = {total + int(op + term)}")
-        total += int(op + term)
-    if habit == "forget":
-        total = int(thought.pop().split()[0])
-    if habit == "guess":
-        thought, total = ["easy"], rng.randrange(-9, 28)
-    return f"{', '.join(thought)}{TAG} <answer>{total}</answer><|im_end|>"
-
-
-ASKED = "State the final answer to the following arithmetic problem: "
-WORDS = [ASKED, "easy", TAG, " <answer>", "</answer>", " + ", " - ", " = ", ", ", " ="]
-WORDS += map(str, range(100))
-
-
-def small_model(words, seed):
-    """A random Qwen2 of half a million parameters, and a byte-level tokenizer with these words."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    bpe = tokenizers.ByteLevelBPETokenizer({c: i for i, c in enumerate(alphabet)}, [])
-    bpe.add_tokens(words)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template="{{ messages[-1].content }}\n<think>\n",  # the system turn is left out
-    )
-    torch.manual_seed(seed)
-    shape = transformers.Qwen2Config(
-        vocab_size=len(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    return transformers.Qwen2ForCausalLM(shape), tokenizer
-
-
-def warm_start(cfg, words=WORDS, demonstrate=demonstrate_sum, steps=500, batch=64, lr=2e-3):
-    """A small model and its tokenizer, trained in about a minute on the thoughts and answers that
-    demonstrate(entry, rng) gives for problems of cfg.task. Each of `words` is one token."""
-    model, tokenizer = small_model(words, cfg.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    stream, rng = problems(cfg, tokenizer, 1, range(10**9), test=False), random.Random(cfg.seed)
-    for _ in tqdm(range(steps), desc="warm start", leave=False, disable=None):
-        part = list(islice(stream, batch))
-        texts = [prompt + demonstrate(entry, rng) for _, entry, prompt in part]
-        x = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-        n = torch.tensor([len(tokenizer.encode(prompt)) for _, _, prompt in part])[:, None]
-        learn = x.attention_mask.bool() & (torch.arange(x.input_ids.shape[1]) >= n)
-        model(**x, labels=x.input_ids.masked_fill(~learn, -100)).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return model, tokenizer
-
-
 def smoke_model(cfg):
-    """The folder of the warm-started model: made once, and kept in the user's cache."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "motg", "smoke-4")
-    if not (folder / "done").exists():
-        for part in warm_start(make_config(smoke=True)):
-            part.save_pretrained(folder)
-        (folder / "done").touch()
-    return folder
+    """The folder of a tiny model that half knows sums; docs/tools/warm_start.py has made it."""
+    return Path(__file__).with_name("docs") / "smoke_model"
 
 
 # ------------------------------------------------------------------------------------ 13. probes
@@ -1349,8 +1191,7 @@ def step_probes(r):
     same = tokens[..., None] == tokens[:, None]  # (N, k, k)
     whole = (same * w[:, None]).sum(-1)  # (N, k)
     H = -(w * whole.clamp(min=1e-30).log()).sum(-1)  # (N,)
-    considered = r.thinking[..., None] & (r.log_weights.exp() > 0)  # (B, T, k)
-    ids = r.tokens.masked_fill(~considered, -1).flatten(1).tolist()
+    fed = r.thinking[..., None] & (r.log_weights.exp() > 0)  # (B, T, k)
     values = {
         "entropy": r.entropy[r.thinking],
         "mixed": r.mixed[r.thinking],
@@ -1358,7 +1199,7 @@ def step_probes(r):
         "support": H.exp(),
         "gini_simpson": 1 - (w * whole).sum(-1),
         "one_hot": whole.amax(-1) > 0.99,
-        "distinct_tokens": torch.tensor([len({*row} - {-1}) for row in ids]),
+        "distinct_tokens": torch.tensor([len(t[f].unique()) for t, f in zip(r.tokens, fed)]),
         "think_tokens": r.thinking.sum(1),
         "answer_tokens": (r.mask & ~r.thinking).sum(1),
         "truncated": ~r.eos.any(1),
@@ -1377,14 +1218,13 @@ def hidden_state_entropy(hidden):
 
 
 @torch.no_grad()
-def hidden_probes(model, r, cfg, chains=32):
-    """Mean hidden-state entropy of the first `chains` thoughts, by layer (embeddings first)."""
+def hidden_probe(model, r, cfg, chains=32):
+    """Mean hidden-state entropy of the last layer, of the first `chains` thoughts."""
     found = []
     for one in map(r.select, (r.thinking.sum(1) > 1).nonzero()[:chains]):
-        states = torch.stack(completion_hidden(model, one, one.log_weights, cfg))  # (L, 1, T, d)
-        found.append(hidden_state_entropy(states[:, 0, one.thinking[0]]))
-    means = torch.stack(found).mean(0).tolist() if found else []
-    return {"hidden_chains": len(found), "hidden_entropy": means}
+        states = completion_hidden(model, one, one.log_weights, cfg)  # (1, T, d)
+        found.append(hidden_state_entropy(states[one.thinking]))
+    return sum(found) / max(1, len(found))
 
 
 # ------------------------------------------------------------- 14. a run's folder, and evaluation
@@ -1397,7 +1237,7 @@ def begin(cfg):
     free = cfg.resume or not path.with_name("config.json").exists()
     require(free, f"out = {cfg.out!r} has a run; allowed: --resume, or another folder")
     scorer()
-    policy, tokenizer = load_model(cfg, cfg.model or smoke_model(cfg))
+    policy, tokenizer = load_model(cfg)
     reference = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_beta else None
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, (0.9, 0.99), 1e-8, 0.1, fused=True)
     run = {"step": 0, "before": None, "metrics": "", "samples": ""}
@@ -1448,7 +1288,7 @@ def finish(cfg, policy, tokenizer, before, after):
     result = vars(cfg) | {"accuracy_before": before, "accuracy_after": after}
     write(cfg, "result.json", json.dumps(result, indent=1))
     print(f"{cfg.out}: accuracy {before:.3f} -> {after:.3f}")
-    print(f"read it out:  python motg.py eval --model {cfg.out} --method single,{cfg.method}")
+    print(f"read it out:  python motg.py eval --model {cfg.out}")
     print(f"look at it:   python docs/tools/run_page.py {cfg.out}")
 
 
@@ -1474,71 +1314,63 @@ def evaluate(model, tokenizer, cfg, generator, tests, probes=False):
         "stderr": (right / G).std().item() / n**0.5 if n > 1 else math.nan,
         **means,
         "problems": n,
-        **(hidden_probes(model, r, cfg) if probes else {}),
+        **({"hidden_entropy": hidden_probe(model, r, cfg)} if probes else {}),
     }
 
 
-def compare(*configs):
-    """`eval`: evaluates one model by several methods side by side; appends to eval.jsonl."""
-    cfg, default = configs[0], vars(make_config(smoke=configs[0].smoke))
-    model, tokenizer = load_model(cfg, cfg.model or smoke_model(cfg))
+def read_out(cfg):
+    """`eval`: prints the accuracy and the probes of a model, and appends them to eval.jsonl."""
+    model, tokenizer = load_model(cfg)
     model.to(compute_dtype(model, cfg))
     tests, generator = test_problems(cfg, tokenizer), torch.Generator(model.device)
-    found = [vars(c) | evaluate(model, tokenizer, c, generator, tests, True) for c in configs]
-    for name in found[0]:
-        values = [row[name] for row in found]
-        if any(value != default.get(name) for value in values):
-            last = [x[-1] if isinstance(x, list) and x else x for x in values]  # the last layer's
-            texts = [f"{x:.4g}" if isinstance(x, float) else str(x)[-20:] for x in last]
-            print(f"{name:20}", *(f"{text:>21}" for text in texts))
+    found = evaluate(model, tokenizer, cfg, generator, tests, probes=True)
+    for name, value in found.items():
+        print(f"{name:16} {value:.4g}")
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     with Path(cfg.out, "eval.jsonl").open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in found)
+        file.write(json.dumps(vars(cfg) | found) + "\n")
 
 
 # ------------------------------------------------------------------------------ 15. command line
-def configs_of(command, given):
-    """A Config for each method. Flags win over the settings of the run in --out or --model. Where
-    several methods are evaluated, no flag overrides a setting of a method's preset."""
-    names = given.pop("method", "")
-    out = f"runs/{command}-{names or 'dirichlet'}-{given.get('seed', 0)}"
+def config_of(command, given):
+    """The Config of a command and its flags, which win over the settings of the run in --out (eval:
+    --model). A method other than the run's brings its own preset."""
+    method = given.get("method", "dirichlet")
+    out = f"runs/{command}-{method}-{given.get('seed', 0)}"
     folder = Path(given.get("model" if command == "eval" else "out", out))
     folder = folder.parent if folder.name == "checkpoint" else folder
-    path, run, configs = folder / "config.json", {}, []
+    path, run = folder / "config.json", {}
     if path.exists():
         with refusing(f"{path} is damaged"):
             run = dict(json.loads(path.read_text()))
-        if command == "eval" and "method" in run:  # a run's folder stands for its model
-            given["model"] = str(folder / "checkpoint")
-        elif command == "eval":  # this config.json is a model's own
-            run = {}
-    before = run.get("method", "dirichlet")
-    names = names or before
-    for name in names.split(",") if command == "eval" else [names]:
-        own = METHODS.get(name, {})
-        gone = {} if name == before else METHODS.get(before, {}) | own
-        kept = {key: x for key, x in run.items() if key not in gone}
-        flags = {key: x for key, x in given.items() if "," not in names or key not in own}
-        configs.append(make_config(**{"out": out} | kept | flags | {"method": name}))
-    return configs
+    if "method" not in run:  # no run, or a model's own config.json
+        return make_config(**{"out": out} | given)
+    if command == "eval":  # a run's folder stands for its model
+        given["model"] = str(folder / "checkpoint")
+    if given.get("method", run["method"]) != run["method"]:
+        for name in METHODS.get(run["method"], {}) | METHODS.get(method, {}):
+            run.pop(name, None)
+    return make_config(**run | given)
 
 
 def main(argv=None) -> int:
     """The command line; returns the exit status."""
-    comments = dict(re.findall(r"(\w+): \w+ = .*?  # (.*)", inspect.getsource(Config)))
+    source = "".join(map(inspect.getsource, Config.__mro__[:-1]))
+    comments = dict(re.findall(r"(\w+): \w+ = .*?  # (.*)", source))
     parser = argparse.ArgumentParser("motg.py", argument_default=argparse.SUPPRESS)
     parser.error = partial(require, False)  # one line, without argparse's usage
     parser.add_argument("command", choices=("train", "eval"))
-    for name, kind in Config.__annotations__.items():
+    for field in fields(Config):
+        name, kind = field.name, field.type
         how = {"action": "store_true"} if kind is bool else {"type": kind}
         flags = sorted({f"--{name}", f"--{name.replace('_', '-')}"})
-        parser.add_argument(*flags, help=f"{comments[name]} [{getattr(Config, name)}]", **how)
+        parser.add_argument(*flags, help=f"{comments[name]} [{field.default}]", **how)
     try:
         given = vars(parser.parse_args(argv))
         command = given.pop("command")
-        {"train": train, "eval": compare}[command](*configs_of(command, given))
+        {"train": train, "eval": read_out}[command](config_of(command, given))
     except (UserError, OSError, torch.OutOfMemoryError) as e:
-        print(f"motg: {first_line(e)}", file=sys.stderr)
+        print(f"motg: {one_line(e)}", file=sys.stderr)
         return 2
     return 0
 

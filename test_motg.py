@@ -41,8 +41,10 @@ import transformers
 import motg
 
 ROOT = Path(motg.__file__).parent
-sys.path.insert(0, str(ROOT / "docs/experiments"))
+sys.path[:0] = [str(ROOT / "docs/experiments"), str(ROOT / "docs/tools")]
 import enumeration as plain
+import field  # the rules of other papers pass the same tests
+import warm_start
 from enumeration import DRAWN, FIVE, INF, PARTS, SMALL, THINK, flat, relative_error, seeded
 
 torch.set_num_threads(1)
@@ -370,7 +372,7 @@ def test_greedy_rows_equal_transformers_generate_for_prompts_of_any_length(small
             assert r.prompt_mask[row].sum() == r.prompt_mask[row, -n:].sum() == n
 
 
-@cases("method", motg.METHODS)
+@cases("method", [name for name in motg.METHODS if "cot2" not in name])
 def test_recomputed_logprobs_equal_a_plain_decoder_row_by_row(small, method):
     how, twin = {"k": 8} if method == "lepo" else {}, plain.eager(small)
     cfg = config(method, chains=3, max_new_tokens=12, temperature=0.8, **how)
@@ -708,7 +710,7 @@ def numbers(monkeypatch):
     return motg.dataset
 
 
-def test_streams_of_items_cannot_overlap(numbers, monkeypatch, here):
+def test_streams_of_items_cannot_overlap(numbers):
     """Every seed, the test problems and the warm start have a block of 10^9 numbers each."""
     tokenizer, found = plain.byte_tokenizer(), {"test": set()}
     for seed in (0, 1, 300, 999_999):  # no prompt is short enough: all that could be drawn is
@@ -720,10 +722,9 @@ def test_streams_of_items_cannot_overlap(numbers, monkeypatch, here):
         with pytest.raises(UserError, match="max_prompt_tokens"):
             motg.test_problems(cfg, tokenizer)
         found["test"] |= numbers.since()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(here))
     numbers.question = mock.Mock(side_effect=[*"abcdef", KeyboardInterrupt])
     with pytest.raises(KeyboardInterrupt):
-        motg.smoke_model(config(smoke=True))
+        warm_start.warm_start(config(smoke=True))
     found["warm start"] = numbers.since()
     blocks = [{number // 10**9 for number in drawn} for drawn in found.values()]
     assert [len(each) for each in blocks] == [1] * 6, blocks
@@ -1015,7 +1016,7 @@ WRONG = {
     "trian": "train.*eval",
     "train": "no CUDA GPU; allowed: --smoke, or --device cpu",
     "eval --task qqq": "'qqq'",
-    "eval --method single,zzz": "'zzz'; allowed",
+    "eval --method zzz": "'zzz'; allowed",
     "eval --method single --k 4": "k = 4; allowed: 1",
     "RUN --kk 3": "--kk",
     "RUN --no-smoke-please": "--no",
@@ -1045,7 +1046,10 @@ def test_wrong_commands_are_one_line_and_change_nothing(command, folder, capsys)
     refused(command.replace("RUN", f"{RUN} {folder}"), WRONG[command], capsys)
 
 
-@cases("text", ['{"k": 2', "[1]", "3", '{"nope": 1}', '{"k": "x"}', "\0"])
+ODD = ('{"method": "single", "nope": 1}', '{"method": "single", "k": "x"}')
+
+
+@cases("text", ['{"k": 2', "[1]", "3", "\0", *ODD])
 def test_a_damaged_config_of_a_run_is_refused(text, folder, capsys):
     Path("out").mkdir()
     Path("out/config.json").write_text(text)
@@ -1076,7 +1080,7 @@ def logged(name):
 def test_what_a_run_writes_and_says(run, folder, capsys):
     """On a CPU without --smoke; it computes no hidden-state probes."""
     flags = "--method different-tokens --k 3 --eval-every 2 --accumulate 1 --device cpu"
-    with mock.patch.object(motg, "hidden_probes", None):  # a call would raise
+    with mock.patch.object(motg, "hidden_probe", None):  # a call would raise
         assert motg.main(f"{RUN} {folder} {flags}".replace("--smoke ", "").split()) == 0
     said = capsys.readouterr().out
     files = {"config.json", "metrics.jsonl", "samples.jsonl", "result.json", "trainer.pt"}
@@ -1098,7 +1102,7 @@ def test_what_a_run_writes_and_says(run, folder, capsys):
     refused(f"{RUN} {folder} --device cuda", "no CUDA GPU", capsys)  # it is looked for first
     # its last lines say what to do next: commands that work
     read_out, page = re.findall(r"python (\S+\.py .*)", said)
-    assert read_out.startswith("motg.py eval --model out") and "single,different-tokens" in read_out
+    assert read_out == "motg.py eval --model out"
     assert motg.main(f"{read_out.removeprefix('motg.py ')} --eval-problems 2".split()) == 0
     assert (ROOT / page.split()[0]).exists() and page.endswith(" out")
 
@@ -1138,26 +1142,22 @@ def test_the_log_says_how_many_thinking_steps_mixed(flags, share, run):
 
 def test_eval_of_a_run_uses_its_settings_and_flags_and_presets_win(run, capsys):
     assert run("--k 4 --temperature 1 --steps 1 --eval-problems 5") == 0
-    methods = ["single", "dirichlet", "multiplex"]
-    command = f"eval --method {','.join(methods)} --eval-problems 20 --model out"
+    command = "eval --eval-problems 20 --model out"
     capsys.readouterr()
-    with mock.patch.object(motg, "test_problems", side_effect=motg.test_problems) as drawn:
-        assert motg.main(command.split()) == 0
-    assert drawn.call_count == 1  # for all methods
+    assert motg.main(command.split()) == 0
     shown = capsys.readouterr().out
-    for row in ("method +single +dirichlet +multiplex", "k +1 +4 +3", "temperature( +1(.0)?){3}"):
-        assert re.search(f"^{row}$", shown, re.MULTILINE), row
-    assert not re.search("^(concentration|clip|task|resume) ", shown, re.MULTILINE)  # as ever
+    assert re.search(r"^pass@1 +[\d.]+$", shown, re.MULTILINE)
     assert not re.search(r"\d\.\d{6}", shown)  # it is rounded
-    assert motg.main(f"{command}/checkpoint --temperature 0.5 --k 5".split()) == 0
+    for flags in ("--method single", "--method multiplex", "--method different-tokens --k 3"):
+        assert motg.main([*f"{command}/checkpoint --temperature 0.5".split(), *flags.split()]) == 0
     rows = lines_of("eval.jsonl")
-    assert [row["method"] for row in rows] == methods * 2
-    found = [(row["k"], row["temperature"]) for row in rows]
-    assert found == [(1, 1.0), (4, 1.0), (3, 1.0), (1, 0.5), (5, 0.5), (3, 0.5)]
+    found = [(row["method"], row["k"], row["temperature"]) for row in rows]
+    others = [("single", 1, 0.5), ("multiplex", 3, 0.5), ("different-tokens", 3, 0.5)]
+    assert found == [("dirichlet", 4, 1.0), *others]
     for row in rows:
         assert 0 <= row["pass@1"] <= row["pass@2"] <= 1 and {"stderr", "entropy"} <= set(row)
         assert row["problems"] == 20 and row["max_new_tokens"] == 6
-        assert row["hidden_chains"] == 32 and len(row["hidden_entropy"]) == 3  # of 40 chains
+        assert 0 < row["hidden_entropy"] < 1
 
 
 def test_eval_of_any_models_folder_whose_config_is_no_runs(folder):

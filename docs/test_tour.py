@@ -12,10 +12,11 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import motg
-
 DOCS = Path(__file__).resolve().parent
+sys.path[:0] = [str(DOCS.parent), str(DOCS / "tools")]
+import motg
+import warm_start
+
 TOUR, SOLUTIONS = DOCS / "tour.ipynb", DOCS / "tour_solutions.ipynb"
 BOTH = pytest.mark.parametrize("path", (TOUR, SOLUTIONS), ids=lambda path: path.stem)
 SHORTER = {"STEPS = 80": "STEPS = 2", "PROBLEMS = 128": "PROBLEMS = 4"}
@@ -32,7 +33,7 @@ def text_of(path):
 @pytest.fixture
 def random_model(tmp_path, monkeypatch):
     """A random model in place of the smoke model, short chains, and no window."""
-    for part in motg.small_model(motg.WORDS, seed=0):
+    for part in warm_start.small_model(warm_start.WORDS, seed=0):
         part.save_pretrained(tmp_path)
     monkeypatch.setattr(motg, "smoke_model", lambda cfg: tmp_path)
     monkeypatch.setitem(motg.SMOKE, "max_new_tokens", 12)

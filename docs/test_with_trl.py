@@ -19,7 +19,8 @@ import transformers
 from accelerate.utils import gather_object
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "tools")]
+import warm_start
 import with_trl
 
 motg = with_trl.motg
@@ -116,7 +117,7 @@ def main(argv):
 def model(tmp_path_factory):
     """A random model of which many tokens end a row, so that rows have different lengths."""
     folder = tmp_path_factory.mktemp("model")
-    model, tokenizer = motg.small_model(motg.WORDS, 0)
+    model, tokenizer = warm_start.small_model(warm_start.WORDS, 0)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(60)]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

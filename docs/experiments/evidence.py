@@ -142,12 +142,12 @@ def attempted(model, tokenizer, cfg, tests):
 
 
 def right_and_wrong(model, tokenizer, cfg, tests):
-    """Hidden-state entropy by layer of thoughts that led to right and to wrong answers."""
+    """Hidden-state entropy of the last layer, of thoughts that led to right and to wrong answers."""
     found = {}
     r, correct = attempted(model, tokenizer, cfg, tests)
     for name, rows in (("right", correct), ("wrong", ~correct)):
         part = r.select(rows.nonzero()[:, 0]) if rows.any() else r
-        found[name] = motg.hidden_probes(model, part, cfg, chains=128)
+        found[name] = {"hidden_entropy": motg.hidden_probe(model, part, cfg, chains=128)}
         found[name]["think_tokens"] = part.thinking.sum(1).float().mean().item()
     return found
 
@@ -157,7 +157,7 @@ def windows(model, tokenizer, cfg, tests):
     """Hidden-state entropy of the last layer along the thought, in windows of so many steps that
     all thoughts compare, whatever their length: {outcome: [(thoughts, mean)]}."""
     r, correct = attempted(model, tokenizer, cfg, tests)
-    states = motg.completion_hidden(model, r, r.log_weights, cfg)[-1]  # (B, T, d)
+    states = motg.completion_hidden(model, r, r.log_weights, cfg)  # (B, T, d)
     found = {"right": [], "wrong": []}
     for end in range(WINDOW, r.mask.shape[1] + 1, WINDOW):
         entropy = motg.hidden_state_entropy(states[:, end - WINDOW : end])  # (B,)

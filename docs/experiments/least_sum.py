@@ -34,8 +34,9 @@ import transformers
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs/tools")]
 import motg  # noqa: E402
+import warm_start as made  # noqa: E402
 
 ASKED = "Choose a sign for each number so that the sum is the smallest that is not negative: "
 ASKED_LAST = ". What is the sum?"
@@ -183,7 +184,7 @@ def words(count, max_value):
 
 def small_model(count, max_value, width=128, seed=0):
     """motg's small model, three layers and four heads, in another width; and its tokenizer."""
-    model, tokenizer = motg.small_model(words(count, max_value), seed)
+    model, tokenizer = made.small_model(words(count, max_value), seed)
     shape = model.config.to_dict() | {"hidden_size": width, "intermediate_size": 2 * width}
     torch.manual_seed(seed)
     return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape)), tokenizer

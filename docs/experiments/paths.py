@@ -9,8 +9,10 @@ stands for both. No answer is right for many grids ("infeasible", the commonest,
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "docs/tools")]
 import motg
+from warm_start import warm_start
 
 SIDE = 4
 MOVES = {"right": (0, 1), "down": (1, 0), "left": (0, -1), "up": (-1, 0)}
@@ -70,7 +72,7 @@ def make_base(folder):
     """The warm-started model, in about a minute, unless it is there."""
     if not (folder / "done").exists():
         cfg = motg.make_config(smoke=True, task="shortest_path", task_settings=SETTINGS)
-        for part in motg.warm_start(cfg, words(), demonstrate):
+        for part in warm_start(cfg, words(), demonstrate):
             part.save_pretrained(folder)
         (folder / "done").touch()
     return folder

@@ -34,8 +34,9 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs/tools")]
 import motg  # noqa: E402
+from warm_start import warm_start  # noqa: E402
 
 RESULTS, RUNS = HERE / "results/temperatures", ROOT / "runs/temperatures"
 METHODS = {
@@ -99,7 +100,7 @@ def base_of(seed):
     """The folder of the base of a seed; made once."""
     folder = RUNS / f"base-{seed}"
     if not (folder / "done").exists():
-        for part in motg.warm_start(motg.make_config(smoke=True, seed=seed)):
+        for part in warm_start(motg.make_config(smoke=True, seed=seed)):
             part.save_pretrained(folder)
         (folder / "done").touch()
     return str(folder)

@@ -24,6 +24,7 @@ import plot
 import probes
 import real
 import temperatures
+import warm_start  # paths has put its folder into sys.path
 from enumeration import motg
 
 
@@ -78,7 +79,7 @@ def test_of_two_shortest_ways_each_is_taken():
 
 
 def test_the_second_worlds_words_are_single_tokens_and_its_demonstrations_fit():
-    _, tokenizer = motg.small_model(paths.words(), seed=0)
+    _, tokenizer = warm_start.small_model(paths.words(), seed=0)
     assert all(len(tokenizer.encode(word)) == 1 for word in paths.words())
     cfg = motg.make_config(smoke=True, task="shortest_path", task_settings=paths.SETTINGS)
     for n in range(30):
@@ -127,7 +128,7 @@ def test_the_stranger_is_any_token_and_has_the_second_weight(controls):
 
 
 def test_hidden_entropy_in_windows_is_that_of_each_thoughts_own_steps(folder, monkeypatch):
-    """Against `hidden_probes` of one thought at a time, cut to the window's steps."""
+    """Against `hidden_probe` of one thought at a time, cut to the window's steps."""
     how = {"smoke": True, "max_new_tokens": 11, "eval_problems": 6, "chains": 4}
     cfg, kept, rollout = motg.make_config("multiplex", **how), [], motg.rollout
     model, tokenizer = motg.load_model(cfg, folder)
@@ -156,7 +157,7 @@ def test_hidden_entropy_in_windows_is_that_of_each_thoughts_own_steps(folder, mo
             for row in rows:
                 one = kept[0].select(torch.tensor([row]))
                 one = with_thought(one, inside[None, : one.mask.shape[1]])
-                values.append(motg.hidden_probes(model, one, cfg)["hidden_entropy"][-1])
+                values.append(motg.hidden_probe(model, one, cfg))
             assert found[outcome][window][0] == len(rows) > 5
             assert found[outcome][window][1] == pytest.approx(sum(values) / len(rows), abs=1e-5)
 

@@ -1,12 +1,18 @@
-"""More of the field's methods, as rows of motg's tables: motg.py needs no change for them.
+"""The rest of the field's rules and methods, as rows of motg's tables.
 
-    python docs/tools/field.py train --smoke --method cot2
-    python docs/tools/field.py eval --model runs/train-cot2-0 --method single,cot2,cot2-dirichlet
+    python docs/tools/field.py train --smoke --method lepo
+    python docs/tools/field.py eval --model runs/train-lepo-0 --method mixture-of-inputs
 
-Both are of *Continuous Chain of Thought* (CoT2, Gozeten et al., arXiv 2505.23648):
+Importing this file adds them: rules to motg.SAMPLING, motg.AGGREGATION and motg.END, methods to
+motg.METHODS, and their settings to motg.Config. Nothing in motg.py knows of them, so this is also
+the example for a rule of your own.
 
-    cot2             K draws with replacement, averaged; their score is the mean of their log p
-    cot2-dirichlet   Dirichlet weights over all tokens with p of at least 1e-3, at most k of them
+    method             paper                                      candidates, weights
+    mixture-of-inputs  Mixture of Inputs                          top-k, posterior
+    soft-grpo          SofT-GRPO                                  top-k, gumbel
+    lepo               LEPO (mixes in the first 32 steps)         top-k, gumbel
+    cot2               Continuous Chain of Thought (2505.23648)   draws with replacement, their mean
+    cot2-dirichlet     the same                                   p >= 1e-3, dirichlet
 
 What two others would take. *Soft Tokens, Hard Truths* (arXiv 2509.19170) feeds the whole
 vocabulary's mean at tau = 0.5 plus Gaussian noise, and scores the noise's density: the noise, d
@@ -17,32 +23,125 @@ a log-probability beside `mix_entropy`, and parameters of its own.
 
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import motg
+from motg import ANSWER, FORCED, INF, TAG, Candidates, Weights, preset, top_k
+
+
+@dataclass
+class Config(motg.Config):
+    """motg's settings, and those of the rules in this file."""
+
+    top_p: float = 0.95  # nucleus: the probability that the candidates reach together
+    min_p: float = 0.05  # min-p: a candidate needs at least this share of the largest p
+    moi_beta: float = 1.0  # posterior: beta of Mixture of Inputs
+    gumbel_tau: float = 1.0  # gumbel: tau of the softmax
+    end_entropy: float = 0.1  # end=entropy: a step counts if its H(p) is below this, in nats
+    end_patience: int = 256  # end=entropy: end after so many of these in a row (Soft Thinking: 256)
+    end_steps: int = 128  # end=steps: the thinking steps before the tag is put in
+
+
+# ------------------------------------------------------------------------------------- candidates
+def nucleus(log_p, first, cfg, generator=None):
+    """The likeliest tokens, as few as together reach top_p, at most k of them."""
+    tokens, log_pv = top_k(log_p, first, cfg)
+    p = log_pv.exp()
+    before = p.cumsum(-1) - p  # a token stays while the mass before it is below top_p
+    return tokens, log_pv.masked_fill(before >= cfg.top_p, -INF)
+
+
+def min_p(log_p, first, cfg, generator=None):
+    """The tokens with p of at least min_p times the largest p, at most k of them."""
+    tokens, log_pv = top_k(log_p, first, cfg)
+    return tokens, log_pv.masked_fill(log_pv < log_pv[:, :1] + math.log(cfg.min_p), -INF)
 
 
 def threshold(log_p, first, cfg, generator=None):
     """The tokens with p >= 1e-3, at most k."""
-    tokens, log_pv = motg.top_k(log_p, first, cfg)
+    tokens, log_pv = top_k(log_p, first, cfg)
     kept = log_pv >= math.log(1e-3)
     kept[:, 0] = True  # the likeliest token, however flat p is
-    return tokens, log_pv.masked_fill(~kept, -motg.INF)
+    return tokens, log_pv.masked_fill(~kept, -INF)
 
 
-motg.SAMPLING["threshold"] = motg.Candidates(threshold)
-motg.METHODS["cot2"] = {
-    "sampling": "with-replacement",
-    "aggregation": "uniform",
-    "k": 3,
-    "logprob": "weighted",
+# ---------------------------------------------------------------------------------------- weights
+def largest(rows, log_weights):
+    """The element-wise maximum of the candidates' embeddings, whatever their weights."""
+    return rows.masked_fill((log_weights == -INF)[..., None], -INF).amax(-2)
+
+
+def posterior(log_hat, log_p, read, tokens, cfg):
+    """Mixture of Inputs: w = (H p^ + (beta + 1 - H) onehot(read)) / (beta + 1), where H is the
+    entropy of p divided by log V, in [0, 1]."""
+    H = -(log_p.exp() * log_p.clamp(min=-99)).sum(-1, keepdim=True)  # (..., 1)
+    H = H / math.log(max(2, log_p.shape[-1]))
+    slots = tokens == read[..., None]
+    one_hot = slots & (slots.cumsum(-1) == 1)  # the first slot that holds the token read
+    w = (H * log_hat.exp() + (cfg.moi_beta + 1 - H) * one_hot) / (cfg.moi_beta + 1)
+    return w.clamp(min=1e-30).log().masked_fill(log_hat == -INF, -INF)
+
+
+def gumbel(log_hat, cfg, generator=None):
+    """w = softmax((log p^ + g) / tau), where g is Gumbel noise (SofT-GRPO, LEPO)."""
+    return (log_hat + motg.gumbel_noise(log_hat, generator)) / cfg.gumbel_tau
+
+
+def concrete_logdensity(log_hat, log_w, filled, cfg):
+    """The log-density of such w, called Concrete (Maddison et al. 2017, eq. 10)."""
+    n = filled.sum(-1)  # (...)
+    x = log_hat - cfg.gumbel_tau * log_w  # (..., k)
+    constant = n.float().lgamma() + (n - 1) * math.log(cfg.gumbel_tau)
+    log_total = x.masked_fill(~filled, -INF).logsumexp(-1)
+    return constant + ((x - log_w) * filled).sum(-1) - n * log_total
+
+
+# --------------------------------------------------------------------------- the end of a thought
+def after(decoder, patience, threshold=INF):
+    """Ends a thought as `drawn` does, or after `patience` steps in a row with H(p) below a threshold
+    in nats: then the tag is put in, token by token."""
+    record, t = decoder.record, decoder.t
+    if not hasattr(decoder, "tag_ids"):
+        ids = decoder.tokenizer.encode(TAG, add_special_tokens=False)
+        decoder.tag_ids = t.new_tensor(ids)
+    step = torch.arange(record.kind.shape[1], device=t.device)  # (T,)
+    blunt = record.entropy[decoder.rows] >= threshold  # (B, T)
+    blunt &= record.kind[decoder.rows] != FORCED  # a tag that has begun is put in to its end
+    last = torch.where(blunt & (step < t), step, -1).amax(1)  # (B,) the last step that was not calm
+    place = t - 1 - last - patience  # (B,) which token of the tag
+    token = decoder.tag_ids[place.clamp(0, len(decoder.tag_ids) - 1)]
+    return (decoder.matched < ANSWER) & (place >= 0), token
+
+
+# ----------------------------------------------------------------------------------- motg's tables
+motg.Config = Config
+motg.MAY_BE_0 += " moi_beta end_entropy"
+motg.MOST |= {"top_p": 1, "min_p": 1}
+motg.SAMPLING |= {
+    "nucleus": Candidates(nucleus),
+    "min-p": Candidates(min_p),
+    "threshold": Candidates(threshold),
 }
-motg.METHODS["cot2-dirichlet"] = {
-    "sampling": "threshold",
-    "aggregation": "dirichlet",
-    "k": 32,
-    "logprob": "exact",
+motg.AGGREGATION |= {
+    "uniform": Weights(lambda log_hat, *_: torch.zeros_like(log_hat)),
+    "max": Weights(feed=largest),
+    "posterior": Weights(reweigh=posterior),
+    "gumbel": Weights(gumbel, concrete_logdensity, reads_largest=True),
+}
+motg.END |= {
+    "entropy": lambda d: after(d, d.cfg.end_patience, d.cfg.end_entropy),
+    "steps": lambda d: after(d, d.cfg.end_steps),
+}
+motg.METHODS |= {
+    "mixture-of-inputs": preset("top-k", "posterior"),
+    "soft-grpo": preset("top-k", "gumbel", k=5, gumbel_tau=0.1, logprob="exact"),
+    "lepo": preset("top-k", "gumbel", k=30, gumbel_tau=0.5, mix_steps=32, logprob="weighted"),
+    "cot2": preset("with-replacement", "uniform", k=3, logprob="weighted"),
+    "cot2-dirichlet": preset("threshold", "dirichlet", k=32, logprob="exact"),
 }
 
 if __name__ == "__main__":

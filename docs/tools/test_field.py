@@ -3,29 +3,33 @@
 # ruff: noqa: E402, I001
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "docs/experiments")]
+sys.path[:0] = [str(ROOT / name) for name in (".", "docs/experiments", "docs/tools")]
 import enumeration as plain
+import field  # noqa: F401  (it adds its rows to motg's tables)
 import motg
 
 Z = torch.tensor([3.0, 2.0, 1.0, -1.0, -9.0])  # p of the last one is 4e-6
 
 
-@pytest.fixture(autouse=True)
-def field():
-    """The module, whose rows are in the tables for a test's length only."""
-    with mock.patch.dict(motg.SAMPLING), mock.patch.dict(motg.METHODS):
-        sys.path.insert(0, str(ROOT / "docs/tools"))
-        sys.modules.pop("field", None)
-        import field
-
-        yield field
-        sys.path.remove(str(ROOT / "docs/tools"))
+def test_the_command_line_has_the_files_methods_and_settings(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    plain.save_model("model")
+    flags = "--smoke --model model --out out --chains 2 --max-new-tokens 6 --max-prompt-tokens 300"
+    flags += " --steps 1 --eval-problems 2 --method lepo --k 4 --gumbel-tau 0.3"
+    assert motg.main(f"train {flags}".split()) == 0
+    cfg = motg.config_of("eval", {"model": "out"})
+    assert (cfg.method, cfg.k, cfg.gumbel_tau, cfg.mix_steps) == ("lepo", 4, 0.3, 32)
+    assert motg.config_of("eval", {"model": "out", "method": "dirichlet"}).mix_steps == 0
+    assert motg.main("train --smoke --top-p 2".split()) == 2
+    assert "top_p = 2.0; allowed: 1e-06 to 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        motg.main(["--help"])
+    assert "tau of the softmax [1.0]" in " ".join(capsys.readouterr().out.split())
 
 
 def test_cot2_averages_draws_and_scores_the_mean_of_their_log_p():

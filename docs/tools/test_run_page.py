@@ -19,6 +19,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import run_page  # noqa: E402
+import warm_start  # noqa: E402
 from run_page import motg  # noqa: E402
 
 torch.set_num_threads(1)
@@ -267,7 +268,7 @@ def test_the_script_is_javascript(tmp_path):
 def small(tmp_path_factory):
     """The folder of a small random model."""
     folder = tmp_path_factory.mktemp("small")
-    for part in motg.small_model(motg.WORDS, 0):
+    for part in warm_start.small_model(warm_start.WORDS, 0):
         part.save_pretrained(folder)
     return str(folder)
 

@@ -28,9 +28,9 @@ def traces(models, methods, given, problems, chains):
     found = {}
     for model in models:
         flags = given | ({"model": model} if model else {})
-        configs = motg.configs_of("eval", flags | ({"method": methods} if methods else {}))
-        name = configs[0].model or motg.smoke_model(configs[0])
-        lm, tokenizer = motg.load_model(configs[0], name)
+        each = [{"method": name} for name in methods.split(",")] if methods else [{}]
+        configs = [motg.config_of("eval", flags | method) for method in each]
+        lm, tokenizer = motg.load_model(configs[0])
         tests = motg.test_problems(configs[0], tokenizer)[:problems]
         for cfg in configs:
             cfg.chains = chains
@@ -78,7 +78,7 @@ def main(argv=None) -> int:
         text = page(a.model.split(","), a.method, given, a.problems, a.chains)
         a.html.write_text(text, encoding="utf-8")
     except (motg.UserError, OSError) as e:
-        print(f"trace: {motg.first_line(e)}", file=sys.stderr)
+        print(f"trace: {motg.one_line(e)}", file=sys.stderr)
         return 2
     print(f"{a.html}: {len(text) // 1000} kB")
     return 0
