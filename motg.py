@@ -32,7 +32,6 @@ import re
 import resource
 import signal
 import sys
-import types
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -40,7 +39,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import reasoning_gym
 import torch
@@ -73,7 +72,7 @@ class Config:
     concentration: float = 1.0  # dirichlet: c in w ~ Dir(c p^) (paper: 1)
     mix_steps: int = 0  # mix in the first n steps of a thought only; 0: in all
     mix_entropy: float = 0.0  # mix only where H(p) reaches this, in nats
-    logprob: str = "representative"  # the score of a step: representative, weighted or exact
+    logprob: Literal["representative", "weighted", "exact"] = "representative"  # a step's score
     weight_passes: int = 0  # extra passes, for the gradient through weights computed from p
     end: str = "drawn"  # the rule that ends a thought: drawn or most-likely
     # GRPO (7) and the training loop (8)
@@ -86,7 +85,7 @@ class Config:
     grad_clip: float = 0.1  # the largest norm of a gradient (paper: 0.1)
     kl_beta: float = 0.1  # weight of the KL to the reference (paper: 0.1)
     clip: float = 0.2  # PPO's clip of the ratio (paper: 0.2)
-    loss_average: str = "chain"  # chain: over each chain first (paper); token: over all tokens
+    loss_average: Literal["chain", "token"] = "chain"  # first over each chain (paper), or at once
     micro_tokens: int = 4096  # tokens in a micro-batch; lower it to save memory
     # the task, the model, the run
     model: str = "Qwen/Qwen2.5-1.5B-Instruct"  # a hub name or a local folder
@@ -102,8 +101,8 @@ class Config:
     out: str = ""  # the run's folder (if empty: runs/<command>-<method>-<seed>)
     resume: bool = False  # continue the run in --out, or begin it
     smoke: bool = False  # a tiny model made on the spot, and small settings; your flags win
-    device: str = "auto"  # auto: CUDA; only --smoke falls back to the CPU
-    precision: str = "auto"  # auto: bf16 where that is fast and the model is not tiny
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA; only --smoke may fall back
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where that is fast
 
 
 # -------------------------------------------------------------------------------- 2. a mixture
@@ -143,11 +142,6 @@ def draw(log_p, generator=None):
     return token[:, 0].clamp(max=log_p.shape[1] - 1)
 
 
-def gumbel_noise(like, generator=None):
-    """Standard Gumbel noise. argmax(log p + noise) is a draw from p: the Gumbel-max trick."""
-    return -torch.empty_like(like).exponential_(generator=generator).log()
-
-
 def pick(x, index):
     """x[..., index]: the entry of x (..., n) at each index (...)."""
     return x.gather(-1, index[..., None])[..., 0]
@@ -155,8 +149,8 @@ def pick(x, index):
 
 class Candidates(NamedTuple):
     """A sampling rule. choose(log_p (B, V), first (B,), cfg, generator) returns tokens (B, k) and
-    their log p, -inf in slots that stay empty. `first` is a token already drawn from p; a rule that
-    draws begins with it, reads it, and has logprob(log_p (..., V), tokens (..., k), cfg) -> (...)."""
+    their log p, -inf in empty slots. A rule that draws begins with `first`, already drawn from p,
+    reads it, and has the draws' logprob(log_p (..., V), tokens (..., k), cfg) -> (...)."""
 
     choose: Callable
     logprob: Callable = None
@@ -164,18 +158,15 @@ class Candidates(NamedTuple):
 
 class Weights(NamedTuple):
     """An aggregation rule; p^ is p over the candidates alone, log_hat (..., k) its logarithm.
-
     weigh(log_hat, cfg, generator) returns log w up to a constant. A rule that draws weights also
     has logdensity(log_hat, log_w, filled, cfg) -> (...). The token read is drawn from w, or has the
-    largest weight (`reads_largest`); reweigh(log_hat, log_p, read (...), tokens, cfg) may then make
-    new weights. feed(embeddings (..., k, d), log_w) -> (..., d) replaces the weighted sum.
+    largest weight (`reads_largest`); reweigh(log_hat, log_p, read, tokens, cfg) may then change w.
     """
 
     weigh: Callable = lambda log_hat, *_: log_hat  # w = p^
     logdensity: Callable = None
     reads_largest: bool = False
     reweigh: Callable = None
-    feed: Callable = None
 
 
 def top_k(log_p, first, cfg, generator=None):
@@ -210,11 +201,9 @@ def plackett_luce(log_p, tokens, cfg):
 
 
 def dirichlet(log_hat, cfg, generator=None):
-    """w ~ Dir(c p^), with mean p^: c -> inf gives p^ itself, c -> 0 one token drawn from p^.
-
-    Gamma(a) draws with a = c p^, made in logs by Gamma(a) = Gamma(a + 1) U^(1 / a), so that a tiny
-    a neither underflows nor raises; `weigh` normalises them. The clamp keeps log(U) / a finite.
-    """
+    """w ~ Dir(c p^), with mean p^: c -> inf gives p^ itself, c -> 0 one token drawn from p^. These
+    are Gamma(a) draws with a = c p^, made in logs by Gamma(a) = Gamma(a + 1) U^(1 / a), so that a
+    tiny a neither underflows nor raises; `weigh` normalises. The clamp keeps log(U) / a finite."""
     a = cfg.concentration * log_hat.exp().clamp(min=1e-5)  # (B, k)
     minus_log_u = torch.empty_like(a).exponential_(generator=generator)
     return torch._standard_gamma(a + 1, generator).log() - minus_log_u / a
@@ -227,24 +216,10 @@ def dirichlet_logdensity(log_hat, log_w, filled, cfg):
     return (terms * filled).sum(-1) + (a * filled).sum(-1).lgamma()
 
 
-def with_replacement(log_p, first, cfg, generator=None):
-    """k independent draws (Multiplex Thinking, CoT2)."""
-    tokens = torch.stack([first, *(draw(log_p, generator) for _ in range(cfg.k - 1))], -1)
-    return tokens, log_p.gather(-1, tokens)
-
-
 # docs/tools/field.py has the rules of other papers. A rule of your own is a function here, too.
-SAMPLING = {
-    "top-k": Candidates(top_k),
-    "without-replacement": Candidates(without_replacement, plackett_luce),
-    "with-replacement": Candidates(
-        with_replacement, lambda log_p, tokens, cfg: log_p.gather(-1, tokens).sum(-1)
-    ),
-}
-AGGREGATION = {
-    "probability": Weights(),
-    "dirichlet": Weights(dirichlet, dirichlet_logdensity),
-}
+SAMPLING = {"top-k": Candidates(top_k)}
+SAMPLING["without-replacement"] = Candidates(without_replacement, plackett_luce)
+AGGREGATION = {"probability": Weights(), "dirichlet": Weights(dirichlet, dirichlet_logdensity)}
 
 
 def weigh(log_hat, cfg, generator=None):
@@ -261,19 +236,18 @@ def sample_mixture(logits, cfg, generator=None, first=None) -> Mixture:
     tokens, log_pv = candidates.choose(log_p, read, cfg, generator)  # (B, k) both
     log_hat = log_pv.log_softmax(-1)  # (B, k)
     log_w = weigh(log_hat, cfg, generator)  # (B, k)
-    if not candidates.logprob:
-        noise = 0.0 if weights.reads_largest else gumbel_noise(log_w, generator)
-        read = pick(tokens, (log_w + noise).argmax(-1))
+    if not candidates.logprob:  # log w + Gumbel noise has its maximum at a draw from w
+        noise = -torch.empty_like(log_w).exponential_(generator=generator).log()
+        read = pick(tokens, (log_w if weights.reads_largest else log_w + noise).argmax(-1))
     if weights.reweigh:
         log_w = weights.reweigh(log_hat, log_p, read, tokens, cfg)
     return Mixture(tokens, log_w, read)
 
 
-def mixture_embedding(table, tokens, log_weights, aggregation="probability"):
+def mixture_embedding(table, tokens, log_weights):
     """The next input: table (V, d), tokens and log-weights (..., k) -> (..., d)."""
-    rows, feed = F.embedding(tokens, table), AGGREGATION[aggregation].feed  # (..., k, d)
-    fed = feed(rows, log_weights) if feed else (log_weights.exp()[..., None] * rows).sum(-2)
-    return fed.to(table.dtype)
+    rows = F.embedding(tokens, table)  # (..., k, d)
+    return (log_weights.exp()[..., None] * rows).sum(-2).to(table.dtype)
 
 
 # --------------------------------------------------------------- 3. the log-probability of a step
@@ -286,18 +260,16 @@ def mixture_embedding(table, tokens, log_weights, aggregation="probability"):
 #     MIXED    y ~ p did not end the thought, so a mixture was fed          see below
 #
 # The paper scores tokens: `representative` is log p of the token read, and `weighted` a mean over
-# the candidates, sum_i w_i log p(v_i). `exact` is the log-probability of everything that was drawn
-# at this step, and of nothing else:
+# the candidates, sum_i w_i log p(v_i). `exact` is the log-probability of all that was drawn at this
+# step, and of nothing else, so that sum P R grad log P over all trajectories is the policy gradient
+# (where w is computed from p, see section 6 too):
 #
 #     log(1 - p_end)    p_end is the chance that y ~ p ends the thought (section 4)
-#     + log P'(v)       if the candidates were drawn
+#     + log P'(v)       if the candidates were drawn; P' is the probability under p'
 #     + log f(w)        if the weights were drawn; f is a density
 #     + log P(y)        if the token read was drawn from w, as far as anything depends on it
 #
-# P' is the probability under p'. Now a trajectory's probability is the product of its steps', and
-# sum P R grad log P over all trajectories is the policy gradient (where w is computed from p, see
-# section 6 too). A test lists all trajectories over five tokens. In the example above, suppose that
-# draws without replacement gave a, then b, and that w = p^:
+# In the example, suppose that draws without replacement gave a, then b, and that w = p^:
 #
 #     representative   log 0.40                                        = -0.92
 #     weighted         0.625 log 0.40 + 0.375 log 0.24                 = -1.11
@@ -308,11 +280,10 @@ PAD, FORCED, TOKEN, MIXED = range(4)
 def mixture_logprob(logits, tokens, log_weights, representative, cfg):
     """Log-prob (...) of steps (..., k) under the model that gave `logits` (..., V), as if no token
     could end a thought. A step with more than one filled slot is a mixture."""
-    filled = (log_weights > -INF).sum(-1)  # (...)
-    kind = torch.where(filled > 1, MIXED, TOKEN)
-    nothing = tokens.new_zeros(1, logits.shape[-1])
+    kind = torch.where((log_weights > -INF).sum(-1) > 1, MIXED, TOKEN)  # (...)
     step = Steps(tokens, log_weights, representative, kind, torch.zeros_like(kind))
-    return step_logprob(logits, step, TagTable(nothing, nothing.bool()), cfg)
+    never = tokens.new_zeros(1, logits.shape[-1])
+    return step_logprob(logits, step, TagTable(never, never > 0), cfg)
 
 
 def step_logprob(logits, step, tag, cfg):
@@ -340,34 +311,31 @@ def step_logprob(logits, step, tag, cfg):
         other = leads_to != led_to[..., None]  # (..., k)
         score = score + log_read.masked_fill(other, -INF).logsumexp(-1)
     if weights.logdensity:
-        log_hat, log_w = log_hat.masked_fill(empty, 0.0), log_w.masked_fill(empty, 0.0)
+        log_hat = log_hat.masked_fill(empty, 0.0)
+        log_w = log_w.masked_fill(empty, 0.0)
         score = score + weights.logdensity(log_hat, log_w, ~empty, cfg)
     return torch.where(kind == MIXED, score, log_y)
 
 
 def going_on(log_p, step, tag):
     """log(1 - p_end) (...), log p' (..., V), log p^ (..., k); p' is p where a step did not mix."""
-    ends = tag.ends[step.matched]  # (..., V)
-    ends = ends & (step.kind == MIXED)[..., None]
+    mixed = (step.kind == MIXED)[..., None]  # (..., 1)
+    ends = tag.ends[step.matched] & mixed  # (..., V)
     log_go_on = log_p.masked_fill(ends, -INF).logsumexp(-1)  # (...)
     log_q = (log_p - log_go_on[..., None]).masked_fill(ends, -INF)  # (..., V)
-    log_qv = log_q.gather(-1, step.tokens)  # (..., k)
-    log_hat = log_qv.masked_fill(step.log_weights == -INF, -INF).log_softmax(-1)
-    return log_go_on, log_q, log_hat
+    log_qv = log_q.gather(-1, step.tokens).masked_fill(step.log_weights == -INF, -INF)  # (..., k)
+    return log_go_on, log_q, log_qv.log_softmax(-1)
 
 
 # ----------------------------------------------------------------------- 4. the end of a thought
-# A thinking step first draws an ordinary token y from p, to decide whether the thought ends. If its
-# text completes `</think>`, or if it is an EOS, the thought ends with it, as in any language model.
-# If not, the step mixes from p', which is p without the tokens that would have ended the thought.
-# So a mixture never holds an ending token: no model has seen an input that is a quarter `</think>`.
-# (The published codes mix first, and look afterwards whether the token read is the tag. README.md
-# compares the two.) This rule is called `drawn`. With `most-likely`, a thought ends where
-# the arg-max of p ends it, and nowhere else; what such a rule puts in is FORCED.
-#
-# The tag is looked for in the text, not among the ids: for Qwen2.5 it is three tokens, of which the
-# last may hold what follows too (`>\n` is one token). All that counts about the text is its state:
-# how many characters of the tag it ends with, 0 to 7, or one of these:
+# A thinking step first draws an ordinary token y from p. If its text completes `</think>`, or if it
+# is an EOS, the thought ends with it, as in any language model. If not, the step mixes from p',
+# which is p without the tokens that would have ended it. So a mixture never holds an ending token:
+# no model has seen an input that is a quarter `</think>`. (The published codes mix first, and look
+# afterwards whether the token read is the tag; README.md compares the two.) The tag is looked for
+# in the text, not among the ids: for Qwen2.5 it is three tokens, of which the last may hold what
+# follows too. All that counts about the text is how many characters of the tag it ends with, 0 to
+# 7, or one of these:
 TAG = "</think>"
 ANSWER = len(TAG)  # the tag is complete
 ENDED = ANSWER + 1  # an EOS was read
@@ -418,11 +386,11 @@ def step_distribution(logits, matched, tag, cfg):
     return token_distribution(logits, T)
 
 
-# A rule gets the Decoder of section 5 and returns the rows (B,) in which it puts a token in, and the
-# tokens (B,). docs/tools/field.py has rules by entropy and by the number of steps.
+# Other ends: a rule gets the Decoder of section 5, and returns rows (B,) and the tokens (B,) that
+# it puts in there. docs/tools/field.py has rules by entropy and by the number of steps.
 END = {
-    "drawn": lambda decoder: (decoder.matched < 0, decoder.matched),  # nothing is put in
-    "most-likely": lambda decoder: decoder.likeliest_end(),
+    "drawn": lambda d: (d.matched < 0, d.matched),  # it puts nothing in
+    "most-likely": lambda d: (d.tag.ends[d.matched, d.logits.argmax(-1)], d.logits.argmax(-1)),
 }
 
 
@@ -440,9 +408,8 @@ END = {
 #             inputs = inputs + [E[y]]
 #
 # This section does that for all chains at once. Prompts are padded on the left, so that step t of
-# every row sits in slot P + t of the cache. A prompt is read once, and its keys and values are
-# copied to its G chains. A step works in place on tensors that stay where they are, and it never
-# asks the GPU for a value, so that CUDA can record it once and replay it as one graph.
+# every row sits in slot P + t of the cache. A prompt is read once and copied to its G chains. A
+# step works in place and never asks the GPU for a value, so that CUDA can replay it as one graph.
 class Steps(NamedTuple):
     """Recorded steps: ids and weights, no embeddings, so that each model (policy, reference) looks
     them up in its own table. `logprob` (B, T) is the score, 0 where nothing was drawn."""
@@ -458,8 +425,7 @@ class Steps(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """B trajectories. A row is one chain, and the chains of a prompt are adjacent. The fields of
-    `steps` are attributes of the Rollout too."""
+    """B trajectories, the chains of a prompt side by side. It has the fields of `steps` too."""
 
     steps: Steps
     prompt_ids: Tensor  # (B, P) padded on the left
@@ -472,10 +438,8 @@ class Rollout(NamedTuple):
     sampled = property(lambda self: self.kind > FORCED)  # (B, T) those with a score and a loss
     mixed = property(lambda self: self.kind == MIXED)  # (B, T) those that fed a mixture
     thinking = property(lambda self: self.matched < ANSWER)  # (B, T) the thought and its end
-
-    eos = property(  # (B, T) the step that ended a row
-        lambda self: self.mask & (self.tag.after[self.matched, self.representative] == ENDED)
-    )
+    after = property(lambda self: self.tag.after[self.matched, self.representative])  # (B, T)
+    eos = property(lambda self: self.mask & (self.after == ENDED))  # (B, T) it ended the row
 
     def __getattr__(self, name):
         return getattr(self.steps, name)
@@ -495,33 +459,30 @@ CACHE = "cache" if RELEASE >= (5, 24) else "past_key_values"
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def forward(model, embeds, mask, cache, position=None):
-    """Runs the model without its head on embeddings (B, Q, d) that follow what the cache holds.
-    `mask` (B, S) covers both. Positions, if not given, count only what the mask does not hide."""
+def forward(model, inputs, mask, cache, position=None):
+    """The last layer's states (B, Q, d) of ids (B, Q) or embeddings (B, Q, d) that follow what the
+    cache holds. `mask` (B, S) covers both; positions count only what it does not hide."""
+    if inputs.dim() == 2:
+        inputs = F.embedding(inputs, model.get_input_embeddings().weight)
     if position is None:
-        position = (mask.cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]  # (B, Q)
+        position = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]  # (B, Q)
     how = {"attention_mask": mask, "position_ids": position, CACHE: cache, "use_cache": True}
     with sdpa_kernel(ATTENTION):
-        return model.base_model(inputs_embeds=embeds, **how).last_hidden_state  # (B, Q, d)
-
-
-def read_prompts(model, ids, mask, cache):
-    """Reads n distinct prompts (n, P) into the cache; returns hidden states (n, P, d)."""
-    embeds = F.embedding(ids, model.get_input_embeddings().weight)  # (n, P, d)
-    return forward(model, embeds, mask, cache)
+        return model.base_model(inputs_embeds=inputs, **how).last_hidden_state
 
 
 class Decoder:
     """The state of a rollout: what the B chains of prompts (n, P) have written so far."""
 
     def __init__(self, model, tokenizer, ids, mask, cfg, generator):
-        self.model, self.tokenizer, self.cfg, self.generator = model, tokenizer, cfg, generator
+        self.model, self.cfg, self.generator = model, cfg, generator
         self.head, self.tag = model.get_output_embeddings(), tag_of(model, tokenizer)
+        self.tag_ids = ids.new_tensor(tokenizer.encode(TAG, add_special_tokens=False))
         n, self.P = mask.shape
         T = cfg.max_new_tokens
         slots = (self.P + T + 15) // 16 * 16  # attention would pad other lengths in each layer
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=slots)
-        hidden = read_prompts(model, ids, mask, self.cache)  # (n, P, d)
+        hidden = forward(model, ids, mask, self.cache)  # (n, P, d)
         self.logits = self.head(hidden[:, -1])  # (n, V)
         self.start = mask.sum(1, keepdim=True)  # (n, 1) lengths of the prompts
         covered = F.pad(~mask, (0, slots - self.P), value=True)[:, None, None]  # (n, 1, 1, slots)
@@ -552,11 +513,6 @@ class Decoder:
         self.attention_bias = self.attention_bias[rows]
         self.cache.reorder_cache(rows)
 
-    def likeliest_end(self):
-        """The rows (B,) whose likeliest token ends the thought, and that token (B,)."""
-        token = self.logits.argmax(-1)
-        return self.tag.ends[self.matched, token], token
-
     def choose(self):
         """Draws a token, and mixes where it leaves the thought open. Returns Steps (B, ...)."""
         cfg, matched, tag, z = self.cfg, self.matched, self.tag, self.logits
@@ -580,13 +536,13 @@ class Decoder:
 
     def step(self):
         """Chooses a step, records it, updates the state by the token read, feeds the mixture."""
-        cfg, step = self.cfg, self.choose()
+        step = self.choose()
         for recorded, chosen in zip(self.record, step):
             recorded[self.rows, self.t] = chosen
         self.matched.copy_(self.tag.after[self.matched, step.representative])
         self.attention_bias.index_fill_(3, self.P + self.t, 0.0)
         table = self.model.get_input_embeddings().weight
-        embeds = mixture_embedding(table, step.tokens, step.log_weights, cfg.aggregation)  # (B, d)
+        embeds = mixture_embedding(table, step.tokens, step.log_weights)  # (B, d)
         position = self.start + self.t  # (B, 1)
         hidden = forward(self.model, embeds[:, None], self.attention_bias, self.cache, position)
         self.logits.copy_(self.head(hidden[:, 0]))
@@ -604,7 +560,7 @@ def captured(step, generator):
     except Exception as e:  # noqa: BLE001  (some models read a value at each step)
         for g, state in before.items():  # a failed capture leaves the generators unusable
             g.graphsafe_set_state(state)
-        print(f"motg: goes on without a CUDA graph, slower: {one_line(e)}", file=sys.stderr)
+        print(f"motg: goes on without a CUDA graph, slower: {e!r:.200}", file=sys.stderr)
         return step
     return graph.replay
 
@@ -614,9 +570,8 @@ def rollout(model, tokenizer, prompts, cfg, generator=None) -> Rollout:
     ends with the opened thought, so that every row begins by thinking."""
     check_model(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    batch = tokenizer(
-        prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
-    ).to(model.device)
+    how = {"padding": True, "padding_side": "left", "add_special_tokens": False}
+    batch = tokenizer(prompts, return_tensors="pt", **how).to(model.device)
     ids, mask = batch.input_ids, batch.attention_mask.bool()  # (n, P)
     if generator is None:  # torch.manual_seed decides
         generator = torch.Generator(ids.device).manual_seed(torch.randint(2**62, ()).item())
@@ -649,17 +604,17 @@ def rollout(model, tokenizer, prompts, cfg, generator=None) -> Rollout:
 LOGITS_CHUNK = 2**24  # numbers in a chunk
 
 
-def completion_hidden(model, r, log_weights, cfg):
+def completion_hidden(model, r, log_weights):
     """The last layer's hidden states (B, T, d), from which the head predicts each step."""
     _, chains = torch.unique_consecutive(r.prompt, return_counts=True)  # (n,) rows a prompt
     first = chains.cumsum(0) - chains  # (n,) a prompt's first row
     ids = r.prompt_ids[first]  # (n, P)
     mask = r.prompt_mask[first]
     cache = transformers.DynamicCache(config=model.config)
-    prompt = read_prompts(model, ids, mask, cache)  # (n, P, d)
+    prompt = forward(model, ids, mask, cache)  # (n, P, d)
     cache.batch_repeat_interleave(chains)
     table = model.get_input_embeddings().weight
-    embeds = mixture_embedding(table, r.tokens, log_weights, cfg.aggregation)  # (B, T, d)
+    embeds = mixture_embedding(table, r.tokens, log_weights)  # (B, T, d)
     visible = F.pad(r.prompt_mask, (0, r.kind.shape[1]), value=True)  # (B, P + T)
     steps = forward(model, embeds, visible, cache)  # (B, T, d)
     # the prompt's last state predicts step 0, that of step t - 1 predicts step t
@@ -667,11 +622,11 @@ def completion_hidden(model, r, log_weights, cfg):
     return torch.cat([before, steps[:, :-1]], dim=1)
 
 
-# If the weights are computed from p, the parameters theta act by a second path too: theta -> w_1 ->
-# the input of step 2 -> p_2. A score that takes recorded weights as data misses it. To follow it in
-# parallel, pass 0 runs over the recorded inputs and gives each step's weights as functions of
-# theta, equal in value to the record. Pass 1 runs over inputs built from these, so its gradient
-# goes through one w; that of pass n goes through n in a row. T steps need T - 1 passes to be exact.
+# If the weights are computed from p, the parameters act by a second path too: theta -> w_1 -> the
+# input of step 2 -> p_2. Recorded weights, taken as data, miss it. To follow it in parallel, pass 0
+# runs over the recorded inputs and gives each step's weights as functions of theta, equal in value
+# to the record. Pass 1 runs over inputs built from these, so its gradient goes through one w; that
+# of pass n through n in a row. T steps need T - 1 passes to be exact.
 def weights_of_p(logits, step, tag, cfg):
     """log w (N, k) of recorded Steps: the value is the record's, the gradient that of w(p)."""
     weights = AGGREGATION[cfg.aggregation]
@@ -704,9 +659,10 @@ def rollout_logprobs(model, rollout, cfg, micro_batch=None):
         def of_chunk(hidden, *step):
             return function(head(hidden), Steps(*step), r.tag, cfg)
 
-        hidden = completion_hidden(model, r, log_weights, cfg)[sampled]  # (N, d)
+        hidden = completion_hidden(model, r, log_weights)[sampled]  # (N, d)
         size = max(1, LOGITS_CHUNK // len(head.weight))
-        chunks = zip(*(x.split(size) for x in (hidden, *steps)))
+        parts = [x.split(size) for x in (hidden, *steps)]
+        chunks = zip(*parts)
         how = {"use_reentrant": False, "preserve_rng_state": False}
         return torch.cat([checkpoint(of_chunk, *chunk, **how) for chunk in chunks])
 
@@ -739,8 +695,7 @@ def grpo_loss(logprob, old_logprob, ref_logprob, advantages, mask, cfg, chains=N
         loss  = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) + beta k3
 
     `chains` and `tokens` count the whole batch, of which this may be a part. Returns the loss and a
-    dict of means. With one update a batch, pi_old is pi: the ratio is 1, nothing is clipped, and
-    the first term's gradient is REINFORCE's. Only code that updates more often needs the clip.
+    dict of means. With one update a batch the ratio is 1 and nothing is clipped.
     """
     if cfg.loss_average == "token":  # the mean of all sampled steps
         weight = mask / (tokens or mask.sum().clamp(min=1))  # (B, T)
@@ -777,8 +732,7 @@ def collect(sampler, tokenizer, cfg, steps, generator):
     numbers = range(steps.start * cfg.prompts_per_step, steps.stop * cfg.prompts_per_step)
     batch = [train_problem(cfg, tokenizer, n) for n in numbers]
     r, parts = attempt(sampler, tokenizer, batch, cfg, generator)
-    reward = torch.tensor([part["reward"] for part in parts], device=r.kind.device)
-    reward = reward.view(-1, cfg.chains)  # (n, G)
+    reward = r.logprob.new_tensor([part["reward"] for part in parts]).view(-1, cfg.chains)  # (n, G)
     equal = (reward == reward[:, :1]).all(1)  # (n,) nothing to compare, so no gradient
     log = {
         "step": steps.start,
@@ -792,8 +746,7 @@ def collect(sampler, tokenizer, cfg, steps, generator):
 
 
 def micro_batches(r, cfg):
-    """The rows (LongTensors) of micro-batches of about `micro_tokens` tokens. Prompts whose longest
-    chains are of similar length come together, so that there is little padding."""
+    """The rows (LongTensors) of micro-batches of about `micro_tokens` tokens, sorted by length."""
     G = cfg.chains
     longest, order = r.mask.sum(1).view(-1, G).amax(1).sort()  # (n,) both
     rows = torch.arange(len(r.kind), device=order.device).view(-1, G)[order].flatten()
@@ -807,8 +760,7 @@ def micro_batches(r, cfg):
 
 
 def update(policy, reference, optimizer, r, advantages, cfg, lr):
-    """One optimiser update on a Rollout and its advantages (B,). Each loss is divided by the counts
-    of the whole batch, so that the gradient does not depend on the micro-batches."""
+    """One optimiser update on a Rollout and its advantages (B,), whatever the micro-batches."""
     chains, tokens, log = len(r.kind), max(1, int(r.sampled.sum())), Counter()
     for rows in micro_batches(r, cfg):
         part, A = r.select(rows), advantages[rows]
@@ -851,13 +803,18 @@ def train(cfg):
                 sample["trajectory"] = readable(r, row, tokenizer)
                 run["samples"] += json.dumps(sample) + "\n"
         run["metrics"] += json.dumps(log) + "\n"
-        write(cfg, "metrics.jsonl", run["metrics"])
-        write(cfg, "samples.jsonl", run["samples"])
+        for name in ("metrics", "samples"):
+            write(cfg, f"{name}.jsonl", run[name])
         bar.set_postfix_str(f"reward {log['reward']:.2f}, correct {log['correct']:.2f}")
         if saves:
             state = {"model": policy.state_dict(), "optimizer": optimizer.state_dict()}
             write(cfg, "trainer.pt", run | state)
-    finish(cfg, policy, tokenizer, run["before"]["pass@1"], test()["pass@1"])
+    accuracy = {"accuracy_before": run["before"]["pass@1"], "accuracy_after": test()["pass@1"]}
+    policy.save_pretrained(f"{cfg.out}/checkpoint")
+    tokenizer.save_pretrained(f"{cfg.out}/checkpoint")
+    write(cfg, "result.json", json.dumps(vars(cfg) | accuracy, indent=1))
+    print(cfg.out, *(f"{name} {share:.3f}" for name, share in accuracy.items()), sep=", ")
+    print(f"next: python motg.py eval --model {cfg.out}; python docs/tools/run_page.py {cfg.out}")
 
 
 # ==================================================================================================
@@ -875,36 +832,10 @@ METHODS = {
     "dirichlet": preset("top-k", "dirichlet"),
     "different-tokens": preset("without-replacement", "probability", logprob="weighted"),
     "soft-thinking": preset("top-k", "probability"),
-    "multiplex": preset("with-replacement", "probability", k=3, logprob="exact"),
 }
-SMOKE = {
-    "model": "",
-    "task": "chain_sum",
-    "task_settings": '{"min_terms": 3, "max_terms": 4, "max_digits": 1}',
-    "max_new_tokens": 40,
-    "chains": 8,
-    "prompts_per_step": 16,
-    "accumulate": 1,
-    "steps": 80,
-    "save_every": 40,
-    "lr": 3e-5,
-    "grad_clip": 1.0,
-    "kl_beta": 0.01,
-    "loss_average": "token",  # a mean over each chain would weigh short guesses more
-    "micro_tokens": 1024,
-    "eval_problems": 256,
-}
-CHOICES = {
-    "method": METHODS,
-    "sampling": SAMPLING,
-    "aggregation": AGGREGATION,
-    "logprob": ("representative", "weighted", "exact"),
-    "end": END,
-    "loss_average": ("chain", "token"),
-    "device": ("auto", "cuda", "cpu"),
-    "precision": ("auto", "fp32", "bf16"),
-    "task": reasoning_gym.factory.DATASETS,
-}
+CHOICES = {"method": METHODS, "sampling": SAMPLING, "aggregation": AGGREGATION, "end": END}
+CHOICES["task"] = reasoning_gym.factory.DATASETS
+SMOKE = Path(__file__).with_name("docs") / "smoke_model"  # a tiny model, and its settings
 MAY_BE_0 = """answer_temperature mix_steps mix_entropy weight_passes steps lr warmup kl_beta clip
 eval_every seed"""  # all other numbers must be above 0
 MOST = {"warmup": 1, "clip": 1, "seed": 10**6 - 1}
@@ -920,33 +851,27 @@ def require(ok, message):
         raise UserError(message)
 
 
-def one_line(error):
-    """What an exception says, on one line."""
-    return " ".join(str(error).split())[:200] or repr(error)
-
-
 @contextmanager
 def refusing(message):
     """Turns an exception into a UserError: `message`, then what the exception says."""
     try:
         yield
     except Exception as e:
-        raise UserError(f"{message} ({one_line(e)})") from e
+        raise UserError(f"{message} ({e})") from e
 
 
 def make_config(method="dirichlet", **overrides) -> Config:
     """Defaults, changed by --smoke, then by the method, then by `overrides`. Raises UserError."""
-    smoke = SMOKE if overrides.get("smoke") else {}
-    settings = smoke | METHODS.get(method, {}) | overrides | {"method": method}
-    if settings.get("task") != SMOKE["task"] and "task_settings" not in overrides:
-        settings["task_settings"] = "{}"  # --smoke's settings are for its own task
+    smoke = {}
+    if overrides.get("smoke"):
+        smoke = json.loads((SMOKE / "settings.json").read_text())
+    if overrides.get("task", smoke.get("task")) != smoke.get("task"):
+        smoke.pop("task_settings", None)  # they are for the smoke mode's own task
     with refusing("unknown setting"):
-        cfg = Config(**settings)
-    for field in fields(cfg):
-        name, kind, value = field.name, field.type, getattr(cfg, field.name)
-        if name in CHOICES:
-            choices = ", ".join(CHOICES[name])
-            require(value in CHOICES[name], f"{name} = {value!r}; allowed: {choices}")
+        cfg = Config(**smoke | METHODS.get(method, {}) | overrides | {"method": method})
+    for name, kind, value in ((f.name, f.type, getattr(cfg, f.name)) for f in fields(cfg)):
+        if choices := CHOICES.get(name, get_args(kind)):
+            require(value in choices, f"{name} = {value!r}; allowed: {', '.join(choices)}")
         elif kind in (int, float):
             least = 0 if name in MAY_BE_0.split() else {int: 1, float: 1e-6}[kind]
             most = MOST.get(name, 10**9)
@@ -957,9 +882,9 @@ def make_config(method="dirichlet", **overrides) -> Config:
 
 
 # ------------------------------------------------------------------------- 10. tasks and rewards
-# Reasoning-Gym makes item i from seed + i: neighbouring seeds share 999 of 1,000 items, and a split
-# by seed would leak. Here the question's hash decides: one in ten is for tests, whichever seed made
-# it. Streams of items lie 10^9 seeds apart: 0 for tests, 1 for the smoke model, 2 + seed for a run.
+# Reasoning-Gym makes item i from seed + i, so a split by seed would leak. Here the question's hash
+# decides: one in ten is for tests. Streams of items lie 10^9 seeds apart: 0 for tests, 1 for warm
+# starts, 2 + seed for a run.
 SYSTEM = "Think inside <think> and </think>, then give the answer inside <answer> and </answer>."
 FORMAT = r"((?!</think>|<answer>).)*</think>\s*<answer>((?!</?answer>).)*</answer>\s*"
 counts = Counter()  # since a step began: "too_long" prompts; answers "refused", "raised", "died"
@@ -1031,18 +956,17 @@ def rewards(problems, texts):
     found = []
     for (task, entry, _), text in zip(problems, texts, strict=True):
         points = score(task, extract_answer(text), entry)
-        form = float(bool(re.fullmatch(FORMAT, text, re.DOTALL)))
-        reward = 2 * points + 0.5 * form + 0.5 * (200 <= len(text.split()) <= 400)
-        correct = float(points == 1)
-        found.append({"reward": reward, "score": points, "format": form, "correct": correct})
+        form = float(re.fullmatch(FORMAT, text, re.DOTALL) is not None)
+        parts = {"score": points, "format": form, "correct": float(points == 1)}
+        words = 200 <= len(text.split()) <= 400
+        found.append({"reward": 2 * points + 0.5 * form + 0.5 * words, **parts})
     return found
 
 
 # -------------------------------------------------------------------------- 11. contained scoring
-# A model's text reaches a task's scorer thousands of times an hour. Nine scorers execute it (by
-# eval or by sympy's parse_expr, which calls eval), two count nan as right, others hang or die. So
-# those eleven see only plain arithmetic and lists, and every scorer runs in a child process, which
-# the kernel ends when it takes too long.
+# Nine scorers execute the model's text (by eval or by sympy's parse_expr, which calls eval), two
+# count nan as right, others hang or die. So those eleven see only plain arithmetic and lists, and
+# every scorer runs in a child process, which the kernel ends when it takes too long.
 EVALS = """countdown puzzle24 polynomial_multiplication simple_integration string_insertion n_queens
 intermediate_integration binary_matrix spiral_matrix number_sorting complex_arithmetic"""
 NAME = r"[A-Za-z]_?\d?|pi|sqrt|exp|log|ln|[aA]bs|Rational|a?(sin|cos|tan)h?|cot|sec|csc"
@@ -1060,20 +984,20 @@ def harmless(task, answer, entry):
     return answer.strip() in right or short and (plain or task not in EVALS.split())
 
 
-def score_forever(pipe):
-    """The child sends a score, "refused" or "raised" for each (module, task, answer, entry)."""
+def score_forever(pipe, parents):
+    """The child: for each (task, answer, entry) it sends a score, "refused" or "raised"."""
+    parents.close()  # so that recv ends with the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process
     sys.stdout = sys.stderr = None
     with suppress(ValueError, OSError):  # where this is refused, the time limit still holds
         used = re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1]
         resource.setrlimit(resource.RLIMIT_DATA, (2**32 + 1024 * int(used),) * 2)
     while True:
-        module, task, answer, entry = pipe.recv()
-        verdict = "raised"
+        (task, answer, entry), verdict = pipe.recv(), "raised"
         with suppress(BaseException):  # SystemExit too
-            __import__(module)  # where a task of your own registers itself
             data = dataset(task, 0, entry["metadata"].get("task_settings", "{}"))
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)  # by default SIGALRM ends a process
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)
             ok = harmless(task, answer, entry)
             verdict = float(data.score_answer(answer, entry)) if ok else "refused"
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -1082,22 +1006,16 @@ def score_forever(pipe):
 
 @lru_cache(maxsize=1)
 def scorer():
-    """(process, pipe) of a child that has scored a sum right. A server without CUDA forks it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["reasoning_gym", "transformers.models.auto.modeling_auto"])
-    ours, theirs = context.Pipe()
-    process = context.Process(target=score_forever, args=(theirs,), daemon=True)
-    entry, main = dataset("chain_sum", 0)[0], sys.modules["__main__"]
-    with refusing("scoring does not work on this machine: no child process could start"):
-        sys.modules["__main__"] = types.ModuleType("__main__")  # else it runs the caller's again
-        try:
-            process.start()
-        finally:
-            sys.modules["__main__"] = main
+    """(process, pipe) of a child, forked, that has scored a sum right. It never touches CUDA."""
+    ours, theirs = multiprocessing.Pipe()
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=score_forever, args=(theirs, ours), daemon=True)
+    entry = dataset("chain_sum", 0)[0]
+    with refusing("scoring does not work on this machine"):
+        process.start()
         theirs.close()
-        ours.send(("reasoning_gym", "chain_sum", entry["answer"], entry))
-        verdict = ours.recv()
-    require(verdict == 1, f"scoring does not work on this machine: a right answer was {verdict}")
+        ours.send(("chain_sum", entry["answer"], entry))
+        require(ours.recv() == 1, "a right answer was not right")
     return process, ours
 
 
@@ -1107,10 +1025,9 @@ def score(task, answer, entry) -> float:
         return 0.0
     pipe, verdict = scorer()[1], "died"
     task = entry["metadata"]["source_dataset"] if task == "composite" else task
-    module = reasoning_gym.factory.DATASETS[task][0].__module__
     try:
         with suppress(EOFError, OSError):  # the kernel has ended the child
-            pipe.send((module, task, answer, entry))
+            pipe.send((task, answer, entry))
             verdict = pipe.recv()
     finally:
         if verdict == "died":  # or interrupted: a late verdict must not go to the next answer
@@ -1122,6 +1039,11 @@ def score(task, answer, entry) -> float:
 
 
 # ------------------------------------------------------------------------------------ 12. models
+def smoke_model(cfg):
+    """The folder of the smoke mode's model, which docs/tools/warm_start.py has made."""
+    return SMOKE
+
+
 @torch.no_grad()
 def check_model(model):
     """Raises UserError unless the model is head(layers(embeddings)) with full causal attention."""
@@ -1131,7 +1053,7 @@ def check_model(model):
     full = {*(getattr(config, "layer_types", None) or ())} <= {"full_attention"}
     full = full and not getattr(config, "sliding_window", None)
     ids = torch.arange(10, device=model.device)[None] % config.vocab_size  # (1, 10)
-    hidden = read_prompts(model, ids, ids >= 0, transformers.DynamicCache(config=config))
+    hidden = forward(model, ids, ids >= 0, transformers.DynamicCache(config=config))
     got, want = head(hidden), model(ids).logits
     same = full and (got - want).norm() < 0.1 * want.norm()  # bf16 rounds by about 0.01
     require(same, f"{type(model).__name__}; allowed: full attention, unscaled embeddings and head")
@@ -1170,17 +1092,10 @@ def load_model(cfg, name=None):
 
 def compute_dtype(model, cfg):
     """The dtype in which sampler and update compute; the master weights stay fp32."""
-    if model.device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported()
+    on_gpu = model.device.type == "cuda"
+    fast = torch.cuda.is_bf16_supported(False) if on_gpu else torch.cpu._is_avx512_bf16_supported()
     auto = cfg.precision == "auto" and fast and model.num_parameters() > 10**7
     return torch.bfloat16 if auto or cfg.precision == "bf16" else torch.float32
-
-
-def smoke_model(cfg):
-    """The folder of a tiny model that half knows sums; docs/tools/warm_start.py has made it."""
-    return Path(__file__).with_name("docs") / "smoke_model"
 
 
 # ------------------------------------------------------------------------------------ 13. probes
@@ -1217,20 +1132,9 @@ def hidden_state_entropy(hidden):
     return entropy if entropy.dim() else entropy.item()
 
 
-@torch.no_grad()
-def hidden_probe(model, r, cfg, chains=32):
-    """Mean hidden-state entropy of the last layer, of the first `chains` thoughts."""
-    found = []
-    for one in map(r.select, (r.thinking.sum(1) > 1).nonzero()[:chains]):
-        states = completion_hidden(model, one, one.log_weights, cfg)  # (1, T, d)
-        found.append(hidden_state_entropy(states[one.thinking]))
-    return sum(found) / max(1, len(found))
-
-
 # ------------------------------------------------------------- 14. a run's folder, and evaluation
 def begin(cfg):
-    """What `train` needs: models, tokenizer, optimiser, test problems, and the state of the run.
-    Raises UserError for what the user has to correct, before anything is written."""
+    """What `train` needs. Raises UserError for what the user has to correct, and writes nothing."""
     require(cfg.chains > 1, f"chains = {cfg.chains}; allowed: 2 or more, for GRPO compares them")
     device_of(cfg)
     path = Path(cfg.out, "trainer.pt")
@@ -1255,8 +1159,7 @@ def begin(cfg):
 
 
 def write(cfg, name, content):
-    """Writes a file of the run's folder, under another name at first, so that it is never there in
-    part; trainer.pt is all that --resume needs."""
+    """Writes a file of the run's folder, never in part; trainer.pt is all that --resume needs."""
     path = Path(cfg.out, name)
     new = path.with_suffix(".new")
     with refusing(f"{path} was not written; --resume goes on from the last checkpoint"):
@@ -1281,20 +1184,19 @@ def readable(r, row, tokenizer):
     ]
 
 
-def finish(cfg, policy, tokenizer, before, after):
-    """Writes the checkpoint and the result, and says what can be done with them."""
-    policy.save_pretrained(f"{cfg.out}/checkpoint")
-    tokenizer.save_pretrained(f"{cfg.out}/checkpoint")
-    result = vars(cfg) | {"accuracy_before": before, "accuracy_after": after}
-    write(cfg, "result.json", json.dumps(result, indent=1))
-    print(f"{cfg.out}: accuracy {before:.3f} -> {after:.3f}")
-    print(f"read it out:  python motg.py eval --model {cfg.out}")
-    print(f"look at it:   python docs/tools/run_page.py {cfg.out}")
-
-
 def pass_at_k(n, c, k) -> float:
     """The chance that one of k chains is right, unbiased, if c of n were (Chen et al. 2021)."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def hidden_probe(model, r, chains=32):
+    """Mean hidden-state entropy of the last layer, of the first `chains` thoughts."""
+    found = []
+    for one in map(r.select, (r.thinking.sum(1) > 1).nonzero()[:chains]):
+        with torch.no_grad():
+            states = completion_hidden(model, one, one.log_weights)[one.thinking]  # (T, d)
+        found.append(hidden_state_entropy(states))
+    return sum(found) / max(1, len(found))
 
 
 def evaluate(model, tokenizer, cfg, generator, tests, probes=False):
@@ -1303,18 +1205,16 @@ def evaluate(model, tokenizer, cfg, generator, tests, probes=False):
     correct, means, G, n = [], Counter(), cfg.chains, len(tests)
     for part in (tests[i : i + 32] for i in range(0, n, 32)):  # the caches of 32 prompts fit
         r, parts = attempt(model, tokenizer, part, cfg, generator)
-        correct += [row["correct"] for row in parts]
+        correct += [int(row["correct"]) for row in parts]
         means.update({name: value * len(part) / n for name, value in step_probes(r).items()})
-    right = torch.tensor(correct).view(n, G).sum(1).int()  # (n,)
+    right = [sum(correct[i : i + G]) for i in range(0, n * G, G)]  # of each problem
+    if probes:
+        means["hidden_entropy"] = hidden_probe(model, r)
     return {
-        **{
-            f"pass@{k}": sum(pass_at_k(G, c, k) for c in right.tolist()) / n
-            for k in range(1, G + 1)
-        },
-        "stderr": (right / G).std().item() / n**0.5 if n > 1 else math.nan,
+        **{f"pass@{k}": sum(pass_at_k(G, c, k) for c in right) / n for k in range(1, G + 1)},
+        "stderr": torch.tensor(right).div(G).std().item() / n**0.5 if n > 1 else math.nan,
         **means,
         "problems": n,
-        **({"hidden_entropy": hidden_probe(model, r, cfg)} if probes else {}),
     }
 
 
@@ -1333,16 +1233,14 @@ def read_out(cfg):
 
 # ------------------------------------------------------------------------------ 15. command line
 def config_of(command, given):
-    """The Config of a command and its flags, which win over the settings of the run in --out (eval:
-    --model). A method other than the run's brings its own preset."""
+    """The Config of a command. Flags win over the settings of the run in --out (eval: --model)."""
     method = given.get("method", "dirichlet")
     out = f"runs/{command}-{method}-{given.get('seed', 0)}"
     folder = Path(given.get("model" if command == "eval" else "out", out))
     folder = folder.parent if folder.name == "checkpoint" else folder
-    path, run = folder / "config.json", {}
-    if path.exists():
-        with refusing(f"{path} is damaged"):
-            run = dict(json.loads(path.read_text()))
+    path = folder / "config.json"
+    with refusing(f"{path} is damaged"):
+        run = dict(json.loads(path.read_text())) if path.exists() else {}
     if "method" not in run:  # no run, or a model's own config.json
         return make_config(**{"out": out} | given)
     if command == "eval":  # a run's folder stands for its model
@@ -1356,21 +1254,24 @@ def config_of(command, given):
 def main(argv=None) -> int:
     """The command line; returns the exit status."""
     source = "".join(map(inspect.getsource, Config.__mro__[:-1]))
-    comments = dict(re.findall(r"(\w+): \w+ = .*?  # (.*)", source))
+    comments = dict(re.findall(r"(\w+): .* = .*?  # (.*)", source))
     parser = argparse.ArgumentParser("motg.py", argument_default=argparse.SUPPRESS)
     parser.error = partial(require, False)  # one line, without argparse's usage
     parser.add_argument("command", choices=("train", "eval"))
-    for field in fields(Config):
-        name, kind = field.name, field.type
-        how = {"action": "store_true"} if kind is bool else {"type": kind}
+    for name, kind, default in ((f.name, f.type, f.default) for f in fields(Config)):
         flags = sorted({f"--{name}", f"--{name.replace('_', '-')}"})
-        parser.add_argument(*flags, help=f"{comments[name]} [{field.default}]", **how)
+        how = {
+            "type": kind if kind in (int, float) else str,
+            "help": f"{comments[name]} [{default}]",
+        }
+        how = {"action": "store_true", "help": how["help"]} if kind is bool else how
+        parser.add_argument(*flags, **how)
     try:
         given = vars(parser.parse_args(argv))
         command = given.pop("command")
         {"train": train, "eval": read_out}[command](config_of(command, given))
     except (UserError, OSError, torch.OutOfMemoryError) as e:
-        print(f"motg: {one_line(e)}", file=sys.stderr)
+        print("motg:", " ".join(str(e).split()), file=sys.stderr)
         return 2
     return 0
 

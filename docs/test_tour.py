@@ -13,9 +13,11 @@ import pytest
 import torch
 
 DOCS = Path(__file__).resolve().parent
-sys.path[:0] = [str(DOCS.parent), str(DOCS / "tools")]
-import motg
-import warm_start
+sys.path[:0] = [str(DOCS.parent), str(DOCS / "tools"), str(DOCS / "experiments")]
+import enumeration as plain  # noqa: E402
+import warm_start  # noqa: E402
+
+import motg  # noqa: E402
 
 TOUR, SOLUTIONS = DOCS / "tour.ipynb", DOCS / "tour_solutions.ipynb"
 BOTH = pytest.mark.parametrize("path", (TOUR, SOLUTIONS), ids=lambda path: path.stem)
@@ -35,8 +37,7 @@ def random_model(tmp_path, monkeypatch):
     """A random model in place of the smoke model, short chains, and no window."""
     for part in warm_start.small_model(warm_start.WORDS, seed=0):
         part.save_pretrained(tmp_path)
-    monkeypatch.setattr(motg, "smoke_model", lambda cfg: tmp_path)
-    monkeypatch.setitem(motg.SMOKE, "max_new_tokens", 12)
+    plain.as_smoke_model(monkeypatch, tmp_path, max_new_tokens=12)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
     monkeypatch.chdir(DOCS)  # where a notebook is started

@@ -37,8 +37,8 @@ import torch
 import transformers
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
-import motg  # noqa: E402
+sys.path.insert(0, str(HERE.parent / "tools"))
+from field import motg  # noqa: E402
 
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
 SIZES += ("intermediate_size", "vocab_size")
@@ -207,7 +207,7 @@ def mixing(a, name):
     def mix(cfg):
         m = motg.sample_mixture(logits, cfg, generator)
         motg.mixture_logprob(logits, *m, cfg)
-        motg.mixture_embedding(table, m.tokens, m.log_weights, cfg.aggregation)
+        motg.mixture_embedding(table, m.tokens, m.log_weights)
 
     def once(run):
         return {
@@ -237,7 +237,7 @@ def mixing(a, name):
 def whole_logprobs(model, r, cfg):
     """`rollout_logprobs` without its chunks, for prompts of one length: all logits at once."""
     table, T = model.get_input_embeddings().weight, r.mask.shape[1]
-    steps = motg.mixture_embedding(table, r.tokens, r.log_weights, cfg.aggregation)  # (B, T, d)
+    steps = motg.mixture_embedding(table, r.tokens, r.log_weights)  # (B, T, d)
     embeds = torch.cat([table[r.prompt_ids], steps], dim=1)  # (B, P + T, d)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
         logits = model(inputs_embeds=embeds, logits_to_keep=T + 1).logits[:, :-1]  # (B, T, V)
@@ -320,7 +320,8 @@ def step(a, name):
         policy, tokenizer = motg.load_model(cfg, motg.smoke_model(cfg))
         a.chains, a.prompts, a.new = cfg.chains, cfg.prompts_per_step, cfg.max_new_tokens
     else:
-        settings = {n: motg.SMOKE[n] for n in ("task", "task_settings")}
+        smoke = motg.make_config(smoke=True)
+        settings = {"task": smoke.task, "task_settings": smoke.task_settings}
         settings |= {"chains": a.chains, "prompts_per_step": a.prompts, "max_new_tokens": a.new}
         policy, tokenizer = build(name, a)
     motg.scorer()  # started before anything is timed

@@ -22,12 +22,11 @@ import torch
 import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+sys.path.insert(0, str(HERE))
 import enumeration as plain  # noqa: E402
 import evidence  # noqa: E402
 import plot  # noqa: E402
-
-import motg  # noqa: E402
+from enumeration import motg  # noqa: E402
 
 FIVE, PROMPT = plain.FIVE, "ab"
 P_HAT = {"aggregation": "probability"}

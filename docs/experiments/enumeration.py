@@ -8,6 +8,7 @@ from the papers' formulas.
 """
 
 import copy
+import json
 import math
 import re
 import sys
@@ -19,8 +20,8 @@ import tokenizers
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import motg
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+from field import motg  # with the rules of other papers, which pass the same tests
 
 DRAWN = ("without-replacement", "with-replacement")
 THINK = "</think>"
@@ -125,6 +126,13 @@ def save_model(folder, template=CHATML):
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     return str(folder)
+
+
+def as_smoke_model(monkeypatch, folder, **changes):
+    """Puts a model's folder in the place of the smoke mode's; `changes` are to its settings."""
+    settings = json.loads((motg.SMOKE / "settings.json").read_text()) | changes
+    Path(folder, "settings.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(motg, "SMOKE", Path(folder))
 
 
 # --------------------------------------------------------------------------- what a step can do
@@ -277,7 +285,7 @@ def trajectories(model, tokenizer, cfg, prompt):
                     found.append((before * q, so_far))
                     continue
                 rows = table[list(tokens)]  # (k, d)
-                mixed = rows.amax(0) if cfg.aggregation == "max" else w @ rows
+                mixed = w @ rows
                 live.append((before * q, so_far, torch.cat([inputs, mixed[None]]), text + words[y]))
         if not live:
             break
@@ -366,8 +374,6 @@ def distributions(model, tokenizer, r, cfg):
     for b, n in enumerate(r.mask.sum(1).tolist()):
         w, vectors, text = r.log_weights[b, :n].exp()[..., None], table[r.tokens[b, :n]], ""
         mixed = (w * vectors).sum(1)  # (n, d)
-        if cfg.aggregation == "max":
-            mixed = vectors.masked_fill(w == 0, -INF).amax(1)
         x = torch.cat([table[r.prompt_ids[b][r.prompt_mask[b]]], mixed])
         z = model(inputs_embeds=x[None]).logits[0, -n - 1 : -1].double()  # (n, V)
         for t, read in enumerate(r.representative[b, :n].tolist()):

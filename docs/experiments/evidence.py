@@ -26,11 +26,10 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(HERE), str(ROOT)]
+sys.path[:0] = [str(HERE), str(ROOT / "docs/tools")]
 import paths  # noqa: E402
 import plot  # noqa: E402
-
-import motg  # noqa: E402
+from field import motg  # noqa: E402
 
 RESULTS, RUNS = HERE / "results/evidence", ROOT / "runs/evidence"
 METHODS = ("single", "dirichlet", "different-tokens", "multiplex", "soft-grpo", "lepo")
@@ -142,12 +141,12 @@ def attempted(model, tokenizer, cfg, tests):
 
 
 def right_and_wrong(model, tokenizer, cfg, tests):
-    """Hidden-state entropy of the last layer, of thoughts that led to right and to wrong answers."""
+    """Last layer's hidden-state entropy of thoughts that led to right and to wrong answers."""
     found = {}
     r, correct = attempted(model, tokenizer, cfg, tests)
     for name, rows in (("right", correct), ("wrong", ~correct)):
         part = r.select(rows.nonzero()[:, 0]) if rows.any() else r
-        found[name] = {"hidden_entropy": motg.hidden_probe(model, part, cfg, chains=128)}
+        found[name] = {"hidden_entropy": motg.hidden_probe(model, part, chains=128)}
         found[name]["think_tokens"] = part.thinking.sum(1).float().mean().item()
     return found
 
@@ -157,7 +156,7 @@ def windows(model, tokenizer, cfg, tests):
     """Hidden-state entropy of the last layer along the thought, in windows of so many steps that
     all thoughts compare, whatever their length: {outcome: [(thoughts, mean)]}."""
     r, correct = attempted(model, tokenizer, cfg, tests)
-    states = motg.completion_hidden(model, r, r.log_weights, cfg)  # (B, T, d)
+    states = motg.completion_hidden(model, r, r.log_weights)  # (B, T, d)
     found = {"right": [], "wrong": []}
     for end in range(WINDOW, r.mask.shape[1] + 1, WINDOW):
         entropy = motg.hidden_state_entropy(states[:, end - WINDOW : end])  # (B,)

@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs/tools")]
-import motg  # noqa: E402
 import warm_start as made  # noqa: E402
+from field import motg  # noqa: E402
 
 ASKED = "Choose a sign for each number so that the sum is the smallest that is not negative: "
 ASKED_LAST = ". What is the sum?"

@@ -11,8 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs/tools")]
-import motg
-from warm_start import warm_start
+from warm_start import warm_start  # noqa: E402
+
+import motg  # noqa: E402
 
 SIDE = 4
 MOVES = {"right": (0, 1), "down": (1, 0), "left": (0, -1), "up": (-1, 0)}

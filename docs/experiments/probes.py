@@ -49,21 +49,21 @@ def divergences(model, r, cfg):
     next p, and how often its likeliest token is the one that the largest token alone, or the second
     alone, would make likeliest."""
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    fed = motg.mixture_embedding(table, r.tokens, r.log_weights, cfg.aggregation)  # (B, T, d)
+    fed = motg.mixture_embedding(table, r.tokens, r.log_weights)  # (B, T, d)
     log_w, order = r.log_weights.sort(-1, descending=True)
     tokens = r.tokens.gather(-1, order)  # (B, T, k) the largest weight first
     P, T = r.prompt_ids.shape[1], r.mask.shape[1]
     visible = torch.nn.functional.pad(r.prompt_mask, (0, T), value=True)  # (B, P + T)
     cache = transformers.DynamicCache(config=model.config)
-    motg.read_prompts(model, r.prompt_ids, r.prompt_mask, cache)
+    motg.forward(model, r.prompt_ids, r.prompt_mask, cache)
     rows = []  # a row of numbers for each mixed step
     for t in range(T):
         after = []
         for inputs in (table[tokens[:, t, 1]], table[tokens[:, t, 0]], fed[:, t]):
             if after:
                 cache.crop(-1)  # without what was tried before
-            out = motg.forward(model, inputs[:, None], visible[:, : P + t + 1], cache)
-            logits = head(out.last_hidden_state[:, -1])
+            states = motg.forward(model, inputs[:, None], visible[:, : P + t + 1], cache)
+            logits = head(states[:, -1])
             after.append(motg.token_distribution(logits, cfg.temperature))  # (B, V)
         second, largest, mixture = after
         top = mixture.argmax(-1)
@@ -91,7 +91,7 @@ def reward_variance(model, tokenizer, r, problems, cfg, answers=8):
     """The variance of `correct` between thoughts and between the answers to one thought. `problems`
     has one entry a row of the Rollout r."""
     table = model.get_input_embeddings().weight
-    fed = motg.mixture_embedding(table, r.tokens, r.log_weights, cfg.aggregation)  # (B, T, d)
+    fed = motg.mixture_embedding(table, r.tokens, r.log_weights)  # (B, T, d)
     length = r.thinking.sum(1)  # (B,) with the step that ends the thought
     closed = ((r.matched >= motg.ANSWER) & r.mask).any(1)  # (B,) an answer has begun
     prompts = table[r.prompt_ids]  # (B, P, d)

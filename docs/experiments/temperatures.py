@@ -35,7 +35,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs/tools")]
-import motg  # noqa: E402
+from field import motg  # noqa: E402
 from warm_start import warm_start  # noqa: E402
 
 RESULTS, RUNS = HERE / "results/temperatures", ROOT / "runs/temperatures"
@@ -48,7 +48,7 @@ METHODS = {
     "soft-thinking weighted": {"method": "soft-thinking", "logprob": "weighted"},
 }
 TEMPERATURES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1)
-RATE = motg.SMOKE["lr"]
+RATE = motg.make_config(smoke=True).lr
 RATES = (RATE / 2, RATE, RATE * 2)
 CHOOSE, COMPARE = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)  # seeds
 RATED = CHOOSE[:2]  # seeds that choose the rate

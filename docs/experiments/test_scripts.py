@@ -37,8 +37,7 @@ def one_thread():
 def folder(tmp_path, monkeypatch):
     """A random model on disk, in place of the smoke model."""
     found = plain.save_model(tmp_path / "model", plain.THINKING)
-    monkeypatch.setattr(motg, "smoke_model", lambda cfg: found)
-    monkeypatch.setitem(motg.SMOKE, "max_prompt_tokens", 300)
+    plain.as_smoke_model(monkeypatch, found, max_prompt_tokens=300)
     return found
 
 
@@ -157,7 +156,7 @@ def test_hidden_entropy_in_windows_is_that_of_each_thoughts_own_steps(folder, mo
             for row in rows:
                 one = kept[0].select(torch.tensor([row]))
                 one = with_thought(one, inside[None, : one.mask.shape[1]])
-                values.append(motg.hidden_probe(model, one, cfg))
+                values.append(motg.hidden_probe(model, one))
             assert found[outcome][window][0] == len(rows) > 5
             assert found[outcome][window][1] == pytest.approx(sum(values) / len(rows), abs=1e-5)
 
@@ -201,18 +200,18 @@ def test_a_real_models_read_out_counts_right_answers_by_problem(folder, monkeypa
     monkeypatch.setattr(motg, "rollout", speak)
     found = real.read_out(model, tokenizer, cfg)
     assert found["right"] == [n % 3 for n in range(20)] and found["chains"] == 3
-    assert found["format"] == pytest.approx(19 / 60) and found["think_tokens"] > 0
-    assert found["answers"][0] == [None, 41] and len(found["samples"]) == 5
+    assert found["format"] == pytest.approx(19 / 60, abs=1e-4) and found["think_tokens"] > 0
+    assert found["answers"][0] == (None, 41) and len(found["samples"]) == 3
 
 
-def test_all_or_nothing_gives_no_part_and_every_task_has_its_shots():
-    cfg = real.config_of("gcd", "single")
-    items = motg.dataset("gcd", 0, cfg.task_settings)
+def test_all_or_nothing_gives_no_part():
+    settings = '{"max_numbers": 2, "min_value": 2, "max_value": 30}'
+    items = motg.dataset("gcd", 0, settings)
     entry = next(items[n] for n in range(500) if items[n]["answer"] == "1")
     assert 0 < motg.score("gcd", "12", entry) < 1
     assert [real.all_or_nothing("gcd", answer, entry) for answer in ("12", "1")] == [0, 1]
-    for task in real.TASKS:
-        assert Path(real.config_of(task, "dirichlet").shots).exists()
+    assert Path(real.config_of("dirichlet", 0.3).shots).exists()
+
 
 
 # ----------------------------------------------------------------------------------------- bias.py
@@ -271,18 +270,20 @@ def results(tmp_path, monkeypatch):
 
 def test_the_best_temperature_and_rate_are_those_of_the_choosing_seeds(results):
     Run = temperatures.Run
-    assert temperatures.best("single") == (0.3, temperatures.RATE)  # nothing is measured yet
-    for T in temperatures.TEMPERATURES:
-        results(Run("single", T, 0), 0.7 - abs(T - 0.62))
-    assert temperatures.two_best("single") == [0.7, 0.5]
-    for T, accuracy in ((0.5, 0.7), (0.7, 0.5)):
-        results(Run("single", T, 1), accuracy)
+    assert temperatures.best("single") == (0.1, temperatures.RATE)  # nothing is measured yet
+    for seed in temperatures.CHOOSE:
+        for T in temperatures.TEMPERATURES:
+            results(Run("single", T, seed), 0.7 - abs(T - (0.5 if seed else 0.9)))
+    results(Run("single", 0.7, 1), 0.1)
     for seed in temperatures.COMPARE:  # these must not choose
         results(Run("single", 1.1, seed), 0.99)
     assert temperatures.best("single") == (0.5, temperatures.RATE)
     low, _, high = temperatures.RATES
-    results(Run("single", 0.5, 0, low), 0.5)
-    results(Run("single", 0.5, 0, high), 0.75)
+    for seed in temperatures.RATED:
+        results(Run("single", 0.5, seed, low), 0.2)
+    results(Run("single", 0.5, 0, high), 0.99)
+    assert temperatures.best("single") == (0.5, temperatures.RATE)  # one of two seeds
+    results(Run("single", 0.5, 1, high), 0.99)
     assert temperatures.best("single") == (0.5, high)
 
 
@@ -292,6 +293,8 @@ def test_a_file_is_named_by_its_run_and_every_run_is_a_config(results):
     for run in runs:
         how = temperatures.METHODS[run.name]
         motg.make_config(smoke=True, temperature=run.temperature, lr=run.rate, **how)
+        names = [name for name, *_ in temperatures.read_outs(run)]
+        assert "after, own" in names and len(names) == len(set(names))
 
 
 # ---------------------------------------------------------------------------------------- probes.py

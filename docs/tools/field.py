@@ -8,6 +8,7 @@ motg.METHODS, and their settings to motg.Config. Nothing in motg.py knows of the
 the example for a rule of your own.
 
     method             paper                                      candidates, weights
+    multiplex          Multiplex Thinking                         draws with replacement, p^
     mixture-of-inputs  Mixture of Inputs                          top-k, posterior
     soft-grpo          SofT-GRPO                                  top-k, gumbel
     lepo               LEPO (mixes in the first 32 steps)         top-k, gumbel
@@ -16,9 +17,9 @@ the example for a rule of your own.
 
 What two others would take. *Soft Tokens, Hard Truths* (arXiv 2509.19170) feeds the whole
 vocabulary's mean at tau = 0.5 plus Gaussian noise, and scores the noise's density: the noise, d
-numbers a step, would have to be recorded beside ids and weights, and `Weights.feed` would have to
-see it. TARPO (arXiv 2606.05859) draws at each step whether it mixes, and scores that: a gate with
-a log-probability beside `mix_entropy`, and parameters of its own.
+numbers a step, would have to be recorded beside ids and weights. TARPO (arXiv 2606.05859) draws at
+each step whether it mixes, and scores that: a gate with a log-probability beside `mix_entropy`, and
+parameters of its own.
 """
 
 import math
@@ -30,7 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import motg
-from motg import ANSWER, FORCED, INF, TAG, Candidates, Weights, preset, top_k
+from motg import ANSWER, FORCED, INF, Candidates, Weights, preset, top_k
 
 
 @dataclass
@@ -69,12 +70,18 @@ def threshold(log_p, first, cfg, generator=None):
     return tokens, log_pv.masked_fill(~kept, -INF)
 
 
+def with_replacement(log_p, first, cfg, generator=None):
+    """k independent draws."""
+    tokens = torch.stack([first, *(motg.draw(log_p, generator) for _ in range(cfg.k - 1))], -1)
+    return tokens, log_p.gather(-1, tokens)
+
+
+def independent(log_p, tokens, cfg):
+    """log P of such draws: sum_j log p(v_j)."""
+    return log_p.gather(-1, tokens).sum(-1)
+
+
 # ---------------------------------------------------------------------------------------- weights
-def largest(rows, log_weights):
-    """The element-wise maximum of the candidates' embeddings, whatever their weights."""
-    return rows.masked_fill((log_weights == -INF)[..., None], -INF).amax(-2)
-
-
 def posterior(log_hat, log_p, read, tokens, cfg):
     """Mixture of Inputs: w = (H p^ + (beta + 1 - H) onehot(read)) / (beta + 1), where H is the
     entropy of p divided by log V, in [0, 1]."""
@@ -88,7 +95,8 @@ def posterior(log_hat, log_p, read, tokens, cfg):
 
 def gumbel(log_hat, cfg, generator=None):
     """w = softmax((log p^ + g) / tau), where g is Gumbel noise (SofT-GRPO, LEPO)."""
-    return (log_hat + motg.gumbel_noise(log_hat, generator)) / cfg.gumbel_tau
+    noise = -torch.empty_like(log_hat).exponential_(generator=generator).log()
+    return (log_hat + noise) / cfg.gumbel_tau
 
 
 def concrete_logdensity(log_hat, log_w, filled, cfg):
@@ -102,12 +110,9 @@ def concrete_logdensity(log_hat, log_w, filled, cfg):
 
 # --------------------------------------------------------------------------- the end of a thought
 def after(decoder, patience, threshold=INF):
-    """Ends a thought as `drawn` does, or after `patience` steps in a row with H(p) below a threshold
-    in nats: then the tag is put in, token by token."""
+    """Ends a thought as `drawn` does, or behind `patience` steps in a row with H(p) below a
+    threshold in nats: then the tag is put in, token by token."""
     record, t = decoder.record, decoder.t
-    if not hasattr(decoder, "tag_ids"):
-        ids = decoder.tokenizer.encode(TAG, add_special_tokens=False)
-        decoder.tag_ids = t.new_tensor(ids)
     step = torch.arange(record.kind.shape[1], device=t.device)  # (T,)
     blunt = record.entropy[decoder.rows] >= threshold  # (B, T)
     blunt &= record.kind[decoder.rows] != FORCED  # a tag that has begun is put in to its end
@@ -122,13 +127,13 @@ motg.Config = Config
 motg.MAY_BE_0 += " moi_beta end_entropy"
 motg.MOST |= {"top_p": 1, "min_p": 1}
 motg.SAMPLING |= {
+    "with-replacement": Candidates(with_replacement, independent),
     "nucleus": Candidates(nucleus),
     "min-p": Candidates(min_p),
     "threshold": Candidates(threshold),
 }
 motg.AGGREGATION |= {
     "uniform": Weights(lambda log_hat, *_: torch.zeros_like(log_hat)),
-    "max": Weights(feed=largest),
     "posterior": Weights(reweigh=posterior),
     "gumbel": Weights(gumbel, concrete_logdensity, reads_largest=True),
 }
@@ -137,6 +142,7 @@ motg.END |= {
     "steps": lambda d: after(d, d.cfg.end_steps),
 }
 motg.METHODS |= {
+    "multiplex": preset("with-replacement", "probability", k=3, logprob="exact"),
     "mixture-of-inputs": preset("top-k", "posterior"),
     "soft-grpo": preset("top-k", "gumbel", k=5, gumbel_tau=0.1, logprob="exact"),
     "lepo": preset("top-k", "gumbel", k=30, gumbel_tau=0.5, mix_steps=32, logprob="weighted"),

@@ -820,7 +820,7 @@ def main(argv=None) -> int:
         text = page(runs, a.chains)
         a.html.write_text(text, encoding="utf-8")
     except (motg.UserError, OSError, UnicodeDecodeError) as e:
-        print(f"run_page: {motg.first_line(e)}", file=sys.stderr)
+        print("run_page:", " ".join(str(e).split()), file=sys.stderr)
         return 2
     for run in runs:
         if not run.result:

@@ -25,7 +25,7 @@ def test_the_command_line_has_the_files_methods_and_settings(tmp_path, monkeypat
     cfg = motg.config_of("eval", {"model": "out"})
     assert (cfg.method, cfg.k, cfg.gumbel_tau, cfg.mix_steps) == ("lepo", 4, 0.3, 32)
     assert motg.config_of("eval", {"model": "out", "method": "dirichlet"}).mix_steps == 0
-    assert motg.main("train --smoke --top-p 2".split()) == 2
+    assert motg.main(["train", "--smoke", "--top-p", "2"]) == 2
     assert "top_p = 2.0; allowed: 1e-06 to 1" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         motg.main(["--help"])

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent / "experiments")]
+import enumeration as plain  # noqa: E402
 import run_page  # noqa: E402
 import warm_start  # noqa: E402
 from run_page import motg  # noqa: E402
@@ -299,7 +300,7 @@ def traced(path, *argv):
 
 
 def test_a_trace_is_one_page_that_needs_nothing_else(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(motg, "smoke_model", lambda cfg: small)
+    plain.as_smoke_model(monkeypatch, small)
     argv = ("--smoke", "--method", "single,multiplex", "--problems", "2", "--chains", "2")
     text, page = traced(tmp_path / "trace.html", *argv)
     assert not re.search(ELSEWHERE, text)

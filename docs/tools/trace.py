@@ -78,7 +78,7 @@ def main(argv=None) -> int:
         text = page(a.model.split(","), a.method, given, a.problems, a.chains)
         a.html.write_text(text, encoding="utf-8")
     except (motg.UserError, OSError) as e:
-        print(f"trace: {motg.one_line(e)}", file=sys.stderr)
+        print("trace:", " ".join(str(e).split()), file=sys.stderr)
         return 2
     print(f"{a.html}: {len(text) // 1000} kB")
     return 0
