@@ -1277,6 +1277,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    from motg import main  # the scoring child imports its functions from there
-
     sys.exit(main())
