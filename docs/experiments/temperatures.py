@@ -262,18 +262,81 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def choice_table():
-    """Of the choosing seeds, by temperature, and by rate at the best one."""
+def temperature_table():
+    """Accuracy of the choosing seeds by method and temperature."""
     rows = []
     for name in METHODS:
-        T, rate = best(name)
-        runs = [[Run(name, T, s) for s in CHOOSE] for T in TEMPERATURES]
-        runs += [[Run(name, T, s, rate) for s in CHOOSE] for rate in (RATES[0], RATES[2])]
-        cells = [", ".join(f"{x:.3f}" for x in accuracies(cell)) for cell in runs]
-        rows.append([f"`{name}`", *cells, f"T = {T}, {rate:g}"])
-    header = [f"T = {T}" for T in TEMPERATURES]
-    header += [f"best T, {rate:g}" for rate in (RATES[0], RATES[2])]
-    return markdown(["", *header, "chosen"], rows)
+        runs = [[Run(name, T, seed) for seed in CHOOSE] for T in TEMPERATURES]
+        rows.append([f"`{name}`", *(interval(accuracies(cell)) for cell in runs)])
+    return markdown(["", *(f"T = {T}" for T in TEMPERATURES)], rows)
+
+
+def lead_table():
+    """The same, minus `single` at the same temperature, seed by seed."""
+    rows = []
+    for name in list(METHODS)[1:]:
+        cells = [
+            differences([Run(name, T, s) for s in CHOOSE], [Run("single", T, s) for s in CHOOSE])
+            for T in TEMPERATURES
+        ]
+        rows.append([f"`{name}`", *(interval(cell, "+") for cell in cells)])
+    return markdown(["minus `single`", *(f"T = {T}" for T in TEMPERATURES)], rows)
+
+
+def rate_table():
+    """Half and twice the learning rate at each method's best temperature."""
+    rows = []
+    for name in METHODS:
+        T, chosen = best(name)
+        cells = [accuracies([Run(name, T, seed, rate) for seed in RATED]) for rate in RATES]
+        shown = [", ".join(f"{x:.3f}" for x in cell) for cell in cells]
+        rows.append([f"`{name}`", T, *shown, f"{chosen:g}"])
+    return markdown(["", "T", *(f"{rate:g}" for rate in RATES), "chosen"], rows)
+
+
+def diversity_table():
+    """pass@k at T = 0.9, read as trained and at T = 0.1; with 32 chains where that was read."""
+    rows = []
+    for name in METHODS:
+        runs, cells = compared(name, PAPER_T), []
+        for read in ("after, own", "after, cold"):
+            cells += [interval(accuracies(runs, read, f"pass@{k}")) for k in (1, 8)]
+        cells.append(interval(accuracies(runs, "after, 32 chains", "pass@32")))
+        rows.append([f"`{name}`", *cells])
+    header = ["right", "pass@8", "right, read at T = 0.1", "pass@8, read at T = 0.1", "pass@32"]
+    return markdown(["trained at T = 0.9", *header], rows)
+
+
+def long_table():
+    """80 and 400 steps at T = 0.9, read as trained and at T = 0.1."""
+    rows = []
+    for name in LONG:
+        runs = {
+            steps: [Run(name, PAPER_T, s, steps=steps) for s in CHOOSE] for steps in (STEPS, 400)
+        }
+        both = [pair for pair in zip(*runs.values()) if all(run.path.exists() for run in pair)]
+        cells = [
+            interval(accuracies([pair[n] for pair in both], read))
+            for read in ("after, own", "after, cold")
+            for n in (0, 1)
+        ]
+        single = [Run("single", PAPER_T, s, steps=400) for s in CHOOSE]
+        ahead = interval(differences(runs[400], single), "+") if name != "single" else ""
+        rows.append([f"`{name}`", len(both), *cells, ahead])
+    header = [f"{read}, {n} steps" for read in ("as trained", "at T = 0.1") for n in (STEPS, 400)]
+    return markdown(["", "seeds", *header, "400 steps, minus `single`"], rows)
+
+
+def half_table():
+    """Half the chains at each method's best temperature."""
+    rows = []
+    for name in METHODS:
+        whole = compared(name)
+        half = [run._replace(chains=CHAINS // 2) for run in whole]
+        both = [pair for pair in zip(half, whole) if all(run.path.exists() for run in pair)]
+        cells = [interval(accuracies(runs)) for runs in zip(*both)] or ["", ""]
+        rows.append([f"`{name}`", len(both), *cells, interval(differences(half, whole), "+")])
+    return markdown(["", "seeds", "4 chains", "8 chains", "difference"], rows)
 
 
 def compared(name, temperature=None):
@@ -289,20 +352,20 @@ def differences(runs, others):
     return [x["after, own"]["pass@1"] - y["after, own"]["pass@1"] for x, y in both if x and y]
 
 
-def comparison_table(temperature=None):
-    """Of the comparing seeds: before, after, minus `single`, pass@4 and pass@8."""
-    rows, single = [], compared("single", temperature)
+def comparison_table():
+    """Of the comparing seeds: before, after, minus `single`, pass@8; and the same read at 0.9."""
+    rows, single = [], compared("single")
     for name in METHODS:
-        runs = compared(name, temperature)
+        runs = compared(name)
         T, rate = runs[0].temperature, runs[0].rate
         cells = [interval(accuracies(runs, read)) for read in ("before, own", "after, own")]
         cells.append("" if name == "single" else interval(differences(runs, single), "+"))
-        for key in ("pass@4", "pass@8"):
-            cells.append(interval(accuracies(runs, key=key)))
-        seeds = len(accuracies(runs))
-        rows.append([f"`{name}`", T, f"{rate:g}", seeds, *cells])
-    header = ["", "T", "rate", "seeds", "before", "after", "minus `single`", "pass@4", "pass@8"]
-    return markdown(header, rows)
+        cells.append(interval(accuracies(runs, key="pass@8")))
+        for key in ("pass@1", "pass@8"):
+            cells.append(interval(accuracies(runs, "after, warm", key)))
+        rows.append([f"`{name}`", T, f"{rate:g}", len(accuracies(runs)), *cells])
+    header = ["", "T", "rate", "seeds", "before", "after", "minus `single`", "pass@8"]
+    return markdown([*header, "read at T = 0.9", "pass@8 there"], rows)
 
 
 def cross_table():
@@ -342,41 +405,47 @@ def drawn_table():
     return markdown(["", "seeds", "right", "minus the first row", "pass@8"], rows)
 
 
+TABLES = {
+    "temperatures": temperature_table,
+    "lead": lead_table,
+    "rates": rate_table,
+    "best": comparison_table,
+    "cross": cross_table,
+    "drawn": drawn_table,
+    "diversity": diversity_table,
+    "long": long_table,
+    "half": half_table,
+}
+
+
 def table():
     """Prints all of them."""
-    for title, rows in (
-        ("The choosing seeds, read as trained", choice_table()),
-        ("The comparing seeds, each method at its best", comparison_table()),
-        ("The comparing seeds at T = 0.9", comparison_table(PAPER_T)),
-        ("Training or reading", cross_table()),
-        ("What is drawn", drawn_table()),
-    ):
-        print(f"\n{title}:\n\n{rows}")
+    for name, made in TABLES.items():
+        print(f"\n{name}: {made.__doc__}\n\n{made()}")
 
 
 def draw(path=HERE.parent / "figures/temperatures.png"):
-    """Seed 0's accuracy against T, and what the comparing seeds' methods are ahead of `single`."""
+    """The choosing seeds' accuracy against T, and what the mixtures are ahead of `single`."""
     from matplotlib import pyplot as plt  # only who draws needs it
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for n, name in enumerate(METHODS):
-        first = [accuracies([Run(name, T, CHOOSE[0])]) for T in TEMPERATURES]
-        points = [(T, values[0]) for T, values in zip(TEMPERATURES, first) if values]
-        axes[0].plot(*zip(*points), color=f"C{n}", marker=".", label=name)
-        for place, temperature in enumerate((None, PAPER_T)):
-            values = differences(compared(name, temperature), compared("single", temperature))
-            if n and len(values) > 1:
-                x = place + 0.15 * (n - 2.5)
-                half = T95[len(values)] * stdev(values) / len(values) ** 0.5
-                axes[1].errorbar(x, mean(values), half, color=f"C{n}", marker="o", capsize=3)
-                axes[1].plot([x + 0.04] * len(values), values, ".", color=f"C{n}", alpha=0.5)
-    axes[0].set(xlabel="T, while training and reading", ylabel="accuracy after 80 steps, seed 0")
+        runs = [[Run(name, T, seed) for seed in CHOOSE] for T in TEMPERATURES]
+        style = {"color": f"C{n}", "linestyle": "--" if "weighted" in name else "-"}
+        means = [mean(accuracies(cell)) for cell in runs]
+        axes[0].plot(TEMPERATURES, means, marker=".", label=name, **style)
+        if n:
+            for T, cell in zip(TEMPERATURES, runs):
+                ahead = differences(cell, [run._replace(name="single") for run in cell])
+                half = T95[len(ahead)] * stdev(ahead) / len(ahead) ** 0.5
+                x = T + 0.02 * (n - 3)
+                axes[1].errorbar(x, mean(ahead), half, color=f"C{n}", marker="o", capsize=2)
+    axes[0].set(xlabel="T, while training and reading", ylabel="accuracy after 80 steps")
     axes[0].legend(frameon=False)
     axes[1].axhline(0, color="C0", linewidth=1)
-    names = [f"T = {best('single')[0]}, the best", f"T = {PAPER_T}, the paper's"]
-    axes[1].set_xticks((0, 1), names)
-    axes[1].set(ylabel="minus `single`: seeds, mean, 95% interval")
+    axes[1].set(xlabel="T", ylabel="minus `single`, seed by seed: mean, 95% interval")
     for axis in axes:
+        axis.set_xticks(TEMPERATURES)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
