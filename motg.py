@@ -7,11 +7,10 @@ ends the thought with `</think>`, answers in ordinary tokens, and is trained wit
     logits z --softmax(z / T)--> p --k candidates v, weights w--> sum_i w_i E[v_i] --> next input
 
 Read it from top to bottom. Part One is the method, and a student can stop at its end. Part Two is
-what a program needs around that: tasks, contained scoring, models, probes, a command line.
-
+the program around it.
 Letters in shapes: B rows (a row is one chain, one completion of a prompt), G chains a prompt, n
 prompts, P the longest prompt, T new tokens (in formulas T is the temperature), k candidates, V
-vocabulary, d width, N steps picked out of B x T.
+vocabulary, d width, N steps picked out of B x T, Q inputs of a pass, S slots that they look at.
 """
 
 import os
@@ -37,7 +36,6 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
-from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -52,18 +50,16 @@ from tqdm import tqdm
 
 INF = math.inf
 
+
 # ==================================================================================================
 # PART ONE: THE METHOD
 # ---------------------------------------------------------------------------------- 1. settings
-
-
 @dataclass
 class Config:
-    """All settings. Each is a flag of the command line, and the comment behind it is its help text.
-    "(paper: x)" says that the paper uses x."""
+    """All settings: each is a flag, its comment the help text. "(paper: x)": the paper uses x."""
 
     # a mixture (section 2), its score (3), the end of a thought (4)
-    method: str = "dirichlet"  # a preset of METHODS; eval takes several, separated by commas
+    method: str = "dirichlet"  # a preset of METHODS (section 9)
     sampling: str = "top-k"  # the rule that chooses the candidates
     aggregation: str = "dirichlet"  # the rule that weights the candidates
     k: int = 2  # candidates a step (paper: 2)
@@ -100,7 +96,7 @@ class Config:
     seed: int = 0  # the seed of the training problems and of the sampling
     out: str = ""  # the run's folder (if empty: runs/<command>-<method>-<seed>)
     resume: bool = False  # continue the run in --out, or begin it
-    smoke: bool = False  # a tiny model made on the spot, and small settings; your flags win
+    smoke: bool = False  # the model and settings of docs/smoke_model; your flags win
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA; only --smoke may fall back
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where that is fast
 
@@ -132,9 +128,8 @@ def token_distribution(logits, temperature):
 
 
 def draw(log_p, generator=None):
-    """One token a row from p, (B, V) -> (B,): the first whose cumulative p exceeds u ~ U(0, 1). The
-    sum is in float64, because float32 would lose the rare tokens. (torch.multinomial would not do:
-    it reads a value back from the GPU, which a CUDA graph cannot.)"""
+    """One token a row from p, (B, V) -> (B,): the first whose cumulative p exceeds u ~ U(0, 1). In
+    float32 the sum would lose rare tokens. (A CUDA graph could not replay torch.multinomial.)"""
     cumulative = log_p.exp().cumsum(-1, dtype=torch.float64)  # (B, V)
     total = cumulative[:, -1:]  # (B, 1)
     u = torch.empty_like(total).uniform_(generator=generator)
@@ -149,8 +144,8 @@ def pick(x, index):
 
 class Candidates(NamedTuple):
     """A sampling rule. choose(log_p (B, V), first (B,), cfg, generator) returns tokens (B, k) and
-    their log p, -inf in empty slots. A rule that draws begins with `first`, already drawn from p,
-    reads it, and has the draws' logprob(log_p (..., V), tokens (..., k), cfg) -> (...)."""
+    their log p, -inf in empty slots. A rule that draws them takes `first`, a draw from p, as the
+    first and as the token read, and has logprob(log_p (..., V), tokens (..., k), cfg) -> (...)."""
 
     choose: Callable
     logprob: Callable = None
@@ -160,8 +155,7 @@ class Weights(NamedTuple):
     """An aggregation rule; p^ is p over the candidates alone, log_hat (..., k) its logarithm.
     weigh(log_hat, cfg, generator) returns log w up to a constant. A rule that draws weights also
     has logdensity(log_hat, log_w, filled, cfg) -> (...). The token read is drawn from w, or has the
-    largest weight (`reads_largest`); reweigh(log_hat, log_p, read, tokens, cfg) may then change w.
-    """
+    largest w (`reads_largest`); reweigh(log_hat, log_p, read, tokens, cfg) may then change w."""
 
     weigh: Callable = lambda log_hat, *_: log_hat  # w = p^
     logdensity: Callable = None
@@ -202,8 +196,8 @@ def plackett_luce(log_p, tokens, cfg):
 
 def dirichlet(log_hat, cfg, generator=None):
     """w ~ Dir(c p^), with mean p^: c -> inf gives p^ itself, c -> 0 one token drawn from p^. These
-    are Gamma(a) draws with a = c p^, made in logs by Gamma(a) = Gamma(a + 1) U^(1 / a), so that a
-    tiny a neither underflows nor raises; `weigh` normalises. The clamp keeps log(U) / a finite."""
+    are Gamma(a) draws, a = c p^, in logs by Gamma(a) = Gamma(a + 1) U^(1 / a), so that no a is too
+    small; `weigh` normalises them."""
     a = cfg.concentration * log_hat.exp().clamp(min=1e-5)  # (B, k)
     minus_log_u = torch.empty_like(a).exponential_(generator=generator)
     return torch._standard_gamma(a + 1, generator).log() - minus_log_u / a
@@ -216,7 +210,7 @@ def dirichlet_logdensity(log_hat, log_w, filled, cfg):
     return (terms * filled).sum(-1) + (a * filled).sum(-1).lgamma()
 
 
-# docs/tools/field.py has the rules of other papers. A rule of your own is a function here, too.
+# A rule of your own is one more row. docs/tools/field.py adds other papers' rules in this way.
 SAMPLING = {"top-k": Candidates(top_k)}
 SAMPLING["without-replacement"] = Candidates(without_replacement, plackett_luce)
 AGGREGATION = {"probability": Weights(), "dirichlet": Weights(dirichlet, dirichlet_logdensity)}
@@ -261,8 +255,8 @@ def mixture_embedding(table, tokens, log_weights):
 #
 # The paper scores tokens: `representative` is log p of the token read, and `weighted` a mean over
 # the candidates, sum_i w_i log p(v_i). `exact` is the log-probability of all that was drawn at this
-# step, and of nothing else, so that sum P R grad log P over all trajectories is the policy gradient
-# (where w is computed from p, see section 6 too):
+# step, so that sum P R grad log P over all trajectories is the policy gradient (where w is computed
+# from p, see section 6 too):
 #
 #     log(1 - p_end)    p_end is the chance that y ~ p ends the thought (section 4)
 #     + log P'(v)       if the candidates were drawn; P' is the probability under p'
@@ -278,8 +272,8 @@ PAD, FORCED, TOKEN, MIXED = range(4)
 
 
 def mixture_logprob(logits, tokens, log_weights, representative, cfg):
-    """Log-prob (...) of steps (..., k) under the model that gave `logits` (..., V), as if no token
-    could end a thought. A step with more than one filled slot is a mixture."""
+    """Log-prob (...) of steps (..., k) under the model that gave `logits` (..., V), where no token
+    ends a thought. A step with more than one filled slot is a mixture."""
     kind = torch.where((log_weights > -INF).sum(-1) > 1, MIXED, TOKEN)  # (...)
     step = Steps(tokens, log_weights, representative, kind, torch.zeros_like(kind))
     never = tokens.new_zeros(1, logits.shape[-1])
@@ -302,11 +296,11 @@ def step_logprob(logits, step, tag, cfg):
     score, log_q, log_hat = going_on(log_p, step, tag)
     if candidates.logprob:
         score = score + candidates.logprob(log_q, tokens, cfg)
-    elif not weights.reads_largest:  # y ~ w: how likely was a token with y's consequences?
+    elif not weights.reads_largest:  # how likely did a draw from w have the same consequences?
         log_read = log_w if weights.logdensity else weigh(log_hat, cfg)
-        leads_to = tag.after[matched[..., None], tokens]  # (..., k) see section 4
+        leads_to = tag.after[matched[..., None], tokens]  # (..., k) the text's state: section 4
         led_to = tag.after[matched, read]  # (...)
-        if weights.reweigh:  # the weights depend on which token it is
+        if weights.reweigh:  # the weights depend on the token itself
             leads_to, led_to = tokens, read
         other = leads_to != led_to[..., None]  # (..., k)
         score = score + log_read.masked_fill(other, -INF).logsumexp(-1)
@@ -330,19 +324,18 @@ def going_on(log_p, step, tag):
 # ----------------------------------------------------------------------- 4. the end of a thought
 # A thinking step first draws an ordinary token y from p. If its text completes `</think>`, or if it
 # is an EOS, the thought ends with it, as in any language model. If not, the step mixes from p',
-# which is p without the tokens that would have ended it. So a mixture never holds an ending token:
-# no model has seen an input that is a quarter `</think>`. (The published codes mix first, and look
-# afterwards whether the token read is the tag; README.md compares the two.) The tag is looked for
-# in the text, not among the ids: for Qwen2.5 it is three tokens, of which the last may hold what
-# follows too. All that counts about the text is how many characters of the tag it ends with, 0 to
-# 7, or one of these:
+# which is p without the tokens that would have ended it: no model has seen an input that is a
+# quarter `</think>`. (The published codes mix first, and look afterwards whether the token read is
+# the tag.) The tag is looked for in the text, not among the ids: for Qwen2.5 it is three tokens, of
+# which the last may hold what follows too. The state of a text, called `matched`, is how many
+# characters of the tag it ends with, 0 to 7, or one of these:
 TAG = "</think>"
 ANSWER = len(TAG)  # the tag is complete
 ENDED = ANSWER + 1  # an EOS was read
 
 
 class TagTable(NamedTuple):
-    """What a token does, by the state before it (`matched`) and its id."""
+    """What a token does, by the state before it and its id."""
 
     after: Tensor  # (10, V) the state after it
     ends: Tensor  # (10, V) bool: it ends a thought
@@ -364,7 +357,7 @@ def text_states(tokenizer, vocabulary):
     return after
 
 
-def tag_of(model, tokenizer):
+def tag_of(model, tokenizer) -> TagTable:
     """The TagTable of a model and its tokenizer."""
     after = text_states(tokenizer, model.config.vocab_size).clone()
     eos = model.generation_config.eos_token_id  # one, a list of them, or none
@@ -386,8 +379,8 @@ def step_distribution(logits, matched, tag, cfg):
     return token_distribution(logits, T)
 
 
-# Other ends: a rule gets the Decoder of section 5, and returns rows (B,) and the tokens (B,) that
-# it puts in there. docs/tools/field.py has rules by entropy and by the number of steps.
+# A rule that ends thoughts gets section 5's Decoder, and returns the rows (B,) in which it puts a
+# token in, and the tokens (B,). docs/tools/field.py has rules by entropy and by number of steps.
 END = {
     "drawn": lambda d: (d.matched < 0, d.matched),  # it puts nothing in
     "most-likely": lambda d: (d.tag.ends[d.matched, d.logits.argmax(-1)], d.logits.argmax(-1)),
@@ -411,16 +404,15 @@ END = {
 # every row sits in slot P + t of the cache. A prompt is read once and copied to its G chains. A
 # step works in place and never asks the GPU for a value, so that CUDA can replay it as one graph.
 class Steps(NamedTuple):
-    """Recorded steps: ids and weights, no embeddings, so that each model (policy, reference) looks
-    them up in its own table. `logprob` (B, T) is the score, 0 where nothing was drawn."""
+    """Recorded steps: ids and weights, and each model looks embeddings up in its own table."""
 
     tokens: Tensor  # (B, T, k)
     log_weights: Tensor  # (B, T, k) ordinary tokens are one-hot, in the first slot
     representative: Tensor  # (B, T) the token read
     kind: Tensor  # (B, T) PAD, FORCED, TOKEN or MIXED
-    matched: Tensor  # (B, T) the state before the step: see section 4
+    matched: Tensor  # (B, T) the state before the step
     log_pv: Tensor = None  # (B, T, k) log p of the tokens
-    logprob: Tensor = None
+    logprob: Tensor = None  # (B, T) the score, 0 where nothing was drawn
     entropy: Tensor = None  # (B, T) H(p) in nats
 
 
@@ -452,16 +444,16 @@ class Rollout(NamedTuple):
         return Rollout(Steps(*(x[rows, :T] for x in self.steps)), *prompts, self.tag, [])
 
 
-# transformers 5.24 renamed this argument. cuDNN's attention is left out: it makes a plan for each
-# new shape, and its gradient under a mask is said to be NaN at some lengths (pytorch#196678).
+# transformers 5.24 renamed an argument. cuDNN's attention is left out: it makes a plan for each new
+# shape, and its gradient under a mask is said to be NaN at some lengths (pytorch#196678).
 RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
 CACHE = "cache" if RELEASE >= (5, 24) else "past_key_values"
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def forward(model, inputs, mask, cache, position=None):
-    """The last layer's states (B, Q, d) of ids (B, Q) or embeddings (B, Q, d) that follow what the
-    cache holds. `mask` (B, S) covers both; positions count only what it does not hide."""
+    """The last layer's states (B, Q, d) of ids (B, Q) or embeddings (B, Q, d) behind a cache. A
+    mask (B, S) covers both, and positions count what it shows; or a bias, with `position` given."""
     if inputs.dim() == 2:
         inputs = F.embedding(inputs, model.get_input_embeddings().weight)
     if position is None:
@@ -472,14 +464,13 @@ def forward(model, inputs, mask, cache, position=None):
 
 
 class Decoder:
-    """The state of a rollout: what the B chains of prompts (n, P) have written so far."""
+    """The state of a rollout: what the B chains of n prompts have written so far."""
 
     def __init__(self, model, tokenizer, ids, mask, cfg, generator):
         self.model, self.cfg, self.generator = model, cfg, generator
         self.head, self.tag = model.get_output_embeddings(), tag_of(model, tokenizer)
         self.tag_ids = ids.new_tensor(tokenizer.encode(TAG, add_special_tokens=False))
-        n, self.P = mask.shape
-        T = cfg.max_new_tokens
+        (n, self.P), T = mask.shape, cfg.max_new_tokens
         slots = (self.P + T + 15) // 16 * 16  # attention would pad other lengths in each layer
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=slots)
         hidden = forward(model, ids, mask, self.cache)  # (n, P, d)
@@ -487,7 +478,7 @@ class Decoder:
         self.start = mask.sum(1, keepdim=True)  # (n, 1) lengths of the prompts
         covered = F.pad(~mask, (0, slots - self.P), value=True)[:, None, None]  # (n, 1, 1, slots)
         self.attention_bias = covered.to(model.dtype) * -1e9  # 0 where a row may look, else -1e9
-        self.matched = ids.new_zeros(n)  # the text's state: see section 4
+        self.matched = ids.new_zeros(n)  # the text's state
         self.rows = torch.arange(n * cfg.chains, device=ids.device)  # (B,) rows of the record
         self.keep(self.rows // cfg.chains)  # each prompt's row is copied to its chains
         self.t = ids.new_zeros(1)
@@ -506,15 +497,15 @@ class Decoder:
         )
 
     def keep(self, rows):
-        """Keeps only these rows (a LongTensor); a row may come more than once."""
+        """Goes on with these rows (a LongTensor); a row may come more than once."""
         self.start = self.start[rows]
         self.logits = self.logits[rows]
         self.matched = self.matched[rows]
         self.attention_bias = self.attention_bias[rows]
         self.cache.reorder_cache(rows)
 
-    def choose(self):
-        """Draws a token, and mixes where it leaves the thought open. Returns Steps (B, ...)."""
+    def step(self):
+        """Draws a token, mixes where it leaves the thought open, records the step, and feeds it."""
         cfg, matched, tag, z = self.cfg, self.matched, self.tag, self.logits
         log_p = step_distribution(z, matched, tag, cfg)  # (B, V)
         entropy = -(log_p.exp() * log_p.clamp(min=-99)).sum(-1)  # (B,) in nats
@@ -532,20 +523,17 @@ class Decoder:
         read = torch.where(mixes, m.representative, y)
         step = Steps(tokens, log_w, read, kind, matched)
         logprob = step_logprob(z, step, tag, cfg).masked_fill(kind <= FORCED, 0.0)
-        return step._replace(log_pv=log_p.gather(1, tokens), logprob=logprob, entropy=entropy)
-
-    def step(self):
-        """Chooses a step, records it, updates the state by the token read, feeds the mixture."""
-        step = self.choose()
+        log_pv = log_p.gather(1, tokens)
+        step = step._replace(log_pv=log_pv, logprob=logprob, entropy=entropy)
         for recorded, chosen in zip(self.record, step):
             recorded[self.rows, self.t] = chosen
-        self.matched.copy_(self.tag.after[self.matched, step.representative])
+        matched.copy_(tag.after[matched, read])
         self.attention_bias.index_fill_(3, self.P + self.t, 0.0)
         table = self.model.get_input_embeddings().weight
-        embeds = mixture_embedding(table, step.tokens, step.log_weights)  # (B, d)
+        embeds = mixture_embedding(table, tokens, log_w)  # (B, d)
         position = self.start + self.t  # (B, 1)
         hidden = forward(self.model, embeds[:, None], self.attention_bias, self.cache, position)
-        self.logits.copy_(self.head(hidden[:, 0]))
+        z.copy_(self.head(hidden[:, 0]))
         self.t.add_(1)
 
 
@@ -566,8 +554,7 @@ def captured(step, generator):
 
 
 def rollout(model, tokenizer, prompts, cfg, generator=None) -> Rollout:
-    """`cfg.chains` trajectories for each of `prompts`. A prompt is a text in the chat template that
-    ends with the opened thought, so that every row begins by thinking."""
+    """`cfg.chains` trajectories of each prompt; a prompt ends with the opened thought."""
     check_model(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     how = {"padding": True, "padding_side": "left", "add_special_tokens": False}
@@ -600,7 +587,7 @@ def rollout(model, tokenizer, prompts, cfg, generator=None) -> Rollout:
 # ------------------------------------------------------------- 6. log-probabilities in parallel
 # While sampling, a step waits for the one before it. Afterwards all inputs are known, and one pass
 # over them gives every step's logits, with gradient. All of them at once, (B, T, V) in float32,
-# would fill the memory. So they are made chunk by chunk, and once more in the backward pass.
+# would fill the memory. So they are made in chunks, and once more in the backward pass.
 LOGITS_CHUNK = 2**24  # numbers in a chunk
 
 
@@ -623,10 +610,10 @@ def completion_hidden(model, r, log_weights):
 
 
 # If the weights are computed from p, the parameters act by a second path too: theta -> w_1 -> the
-# input of step 2 -> p_2. Recorded weights, taken as data, miss it. To follow it in parallel, pass 0
-# runs over the recorded inputs and gives each step's weights as functions of theta, equal in value
-# to the record. Pass 1 runs over inputs built from these, so its gradient goes through one w; that
-# of pass n through n in a row. T steps need T - 1 passes to be exact.
+# input of step 2 -> p_2. Recorded weights, taken as data, miss it. So pass 0 runs over the recorded
+# inputs and gives each step's weights as functions of theta, equal in value to the record. Pass 1
+# runs over inputs built from these, so its gradient goes through one w; that of pass n through n in
+# a row. T steps need T - 1 passes to be exact.
 def weights_of_p(logits, step, tag, cfg):
     """log w (N, k) of recorded Steps: the value is the record's, the gradient that of w(p)."""
     weights = AGGREGATION[cfg.aggregation]
@@ -642,7 +629,7 @@ def weights_of_p(logits, step, tag, cfg):
 
 
 def rollout_logprobs(model, rollout, cfg, micro_batch=None):
-    """Log-probs (B, T) of every sampled step under `model`, with gradient; 0 elsewhere."""
+    """Log-probs (B, T) of sampled steps, with gradient, `micro_batch` rows at a time; else 0."""
     check_model(model)
     r = rollout
     sampled = r.sampled
@@ -726,7 +713,7 @@ def attempt(model, tokenizer, problems, cfg, generator):
 
 
 def collect(sampler, tokenizer, cfg, steps, generator):
-    """Samples the chains of some steps (a range): a Rollout, advantages (B,), rewards, a log."""
+    """The chains of some steps (a range): a Rollout, advantages (B,), rewards, a log."""
     generator.manual_seed(cfg.seed * 1_000_003 + steps.start + 1)  # --resume needs no other state
     counts.clear()
     numbers = range(steps.start * cfg.prompts_per_step, steps.stop * cfg.prompts_per_step)
@@ -734,14 +721,10 @@ def collect(sampler, tokenizer, cfg, steps, generator):
     r, parts = attempt(sampler, tokenizer, batch, cfg, generator)
     reward = r.logprob.new_tensor([part["reward"] for part in parts]).view(-1, cfg.chains)  # (n, G)
     equal = (reward == reward[:, :1]).all(1)  # (n,) nothing to compare, so no gradient
-    log = {
-        "step": steps.start,
-        "no_gradient": equal.float().mean().item(),
-        **{name: sum(part[name] for part in parts) / len(parts) for name in parts[0]},
-        **step_probes(r),
-        **dict.fromkeys(("too_long", "refused", "raised", "died"), 0),
-        **counts,
-    }
+    log = {"step": steps.start, "no_gradient": equal.float().mean().item()}
+    log |= {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+    log |= step_probes(r)
+    log |= {name: counts[name] for name in ("too_long", "refused", "raised", "died")}
     return r, group_advantages(reward).flatten(), parts, log
 
 
@@ -760,7 +743,7 @@ def micro_batches(r, cfg):
 
 
 def update(policy, reference, optimizer, r, advantages, cfg, lr):
-    """One optimiser update on a Rollout and its advantages (B,), whatever the micro-batches."""
+    """One optimiser update on a Rollout and its advantages (B,); returns a dict of its numbers."""
     chains, tokens, log = len(r.kind), max(1, int(r.sampled.sum())), Counter()
     for rows in micro_batches(r, cfg):
         part, A = r.select(rows), advantages[rows]
@@ -788,15 +771,14 @@ def train(cfg):
     bar = tqdm(range(run["step"], cfg.steps, cfg.accumulate), desc=cfg.method, disable=None)
     for step in bar:
         done = run["step"] = min(step + cfg.accumulate, cfg.steps)
-        steps = range(step, done)
-        r, advantages, parts, log = collect(sampler, tokenizer, cfg, steps, generator)
+        r, advantages, parts, log = collect(sampler, tokenizer, cfg, range(step, done), generator)
         lr = cfg.lr * min(1, (step + cfg.accumulate) / max(1, cfg.warmup * cfg.steps))
         log |= update(policy, reference, optimizer, r, advantages, cfg, lr)
         sampler.load_state_dict(policy.state_dict())
         if cfg.eval_every and step // cfg.eval_every < done // cfg.eval_every:
             log["test_accuracy"] = test()["pass@1"]
         saves = done == cfg.steps or step // cfg.save_every < done // cfg.save_every
-        if saves or step == 0:  # records the first prompt's chains
+        if saves or step == 0:  # writes down the first prompt's chains
             for row in range(cfg.chains):
                 prompt = tokenizer.decode(r.prompt_ids[row][r.prompt_mask[row]])
                 sample = {"step": step, "prompt": prompt, **parts[row]}
@@ -819,9 +801,7 @@ def train(cfg):
 
 # ==================================================================================================
 # PART TWO: WHAT SURROUNDS IT
-# ------------------------------------------------------------------- 9. other rules and methods
-
-
+# -------------------------------------------------------------------- 9. methods and settings
 def preset(sampling, aggregation, **more):
     """The settings of a method."""
     return {"sampling": sampling, "aggregation": aggregation, **more}
@@ -836,8 +816,7 @@ METHODS = {
 CHOICES = {"method": METHODS, "sampling": SAMPLING, "aggregation": AGGREGATION, "end": END}
 CHOICES["task"] = reasoning_gym.factory.DATASETS
 SMOKE = Path(__file__).with_name("docs") / "smoke_model"  # a tiny model, and its settings
-MAY_BE_0 = """answer_temperature mix_steps mix_entropy weight_passes steps lr warmup kl_beta clip
-eval_every seed"""  # all other numbers must be above 0
+MAY_BE_0 = "steps lr warmup kl_beta clip"  # as may numbers whose default is 0; no others
 MOST = {"warmup": 1, "clip": 1, "seed": 10**6 - 1}
 
 
@@ -862,9 +841,7 @@ def refusing(message):
 
 def make_config(method="dirichlet", **overrides) -> Config:
     """Defaults, changed by --smoke, then by the method, then by `overrides`. Raises UserError."""
-    smoke = {}
-    if overrides.get("smoke"):
-        smoke = json.loads((SMOKE / "settings.json").read_text())
+    smoke = json.loads((SMOKE / "settings.json").read_text()) if overrides.get("smoke") else {}
     if overrides.get("task", smoke.get("task")) != smoke.get("task"):
         smoke.pop("task_settings", None)  # they are for the smoke mode's own task
     with refusing("unknown setting"):
@@ -873,7 +850,8 @@ def make_config(method="dirichlet", **overrides) -> Config:
         if choices := CHOICES.get(name, get_args(kind)):
             require(value in choices, f"{name} = {value!r}; allowed: {', '.join(choices)}")
         elif kind in (int, float):
-            least = 0 if name in MAY_BE_0.split() else {int: 1, float: 1e-6}[kind]
+            may_be_0 = getattr(Config, name) == 0 or name in MAY_BE_0.split()
+            least = 0 if may_be_0 else {int: 1, float: 1e-6}[kind]
             most = MOST.get(name, 10**9)
             ok = type(value) in (int, kind) and least <= value <= most
             require(ok, f"{name} = {value!r}; allowed: {least} to {most}")
@@ -882,9 +860,9 @@ def make_config(method="dirichlet", **overrides) -> Config:
 
 
 # ------------------------------------------------------------------------- 10. tasks and rewards
-# Reasoning-Gym makes item i from seed + i, so a split by seed would leak. Here the question's hash
-# decides: one in ten is for tests. Streams of items lie 10^9 seeds apart: 0 for tests, 1 for warm
-# starts, 2 + seed for a run.
+# Reasoning-Gym makes item i from seed + i, so a split by seed would leak: the question's hash
+# decides, and one in ten is for tests. Streams of items lie 10^9 seeds apart: 0 for tests, 1 for
+# docs/tools/warm_start.py, 2 + seed for a run.
 SYSTEM = "Think inside <think> and </think>, then give the answer inside <answer> and </answer>."
 FORMAT = r"((?!</think>|<answer>).)*</think>\s*<answer>((?!</?answer>).)*</answer>\s*"
 counts = Counter()  # since a step began: "too_long" prompts; answers "refused", "raised", "died"
@@ -941,7 +919,7 @@ def train_problem(cfg, tokenizer, n):
 def test_problems(cfg, tokenizer):
     """Up to `eval_problems` distinct test problems, the same for every seed."""
     stream = problems(cfg, tokenizer, 0, range(60 * cfg.eval_problems), test=True)
-    return list(islice(stream, cfg.eval_problems))
+    return [problem for _, problem in zip(range(cfg.eval_problems), stream)]
 
 
 def extract_answer(text):
@@ -957,9 +935,9 @@ def rewards(problems, texts):
     for (task, entry, _), text in zip(problems, texts, strict=True):
         points = score(task, extract_answer(text), entry)
         form = float(re.fullmatch(FORMAT, text, re.DOTALL) is not None)
+        reward = 2 * points + 0.5 * form + 0.5 * (200 <= len(text.split()) <= 400)
         parts = {"score": points, "format": form, "correct": float(points == 1)}
-        words = 200 <= len(text.split()) <= 400
-        found.append({"reward": 2 * points + 0.5 * form + 0.5 * words, **parts})
+        found.append({"reward": reward, **parts})
     return found
 
 
@@ -1040,7 +1018,7 @@ def score(task, answer, entry) -> float:
 
 # ------------------------------------------------------------------------------------ 12. models
 def smoke_model(cfg):
-    """The folder of the smoke mode's model, which docs/tools/warm_start.py has made."""
+    """The folder of the smoke mode's model, made by docs/tools/warm_start.py."""
     return SMOKE
 
 
@@ -1050,8 +1028,8 @@ def check_model(model):
     if hasattr(model, "motg_checked"):
         return
     config, head = model.config, model.get_output_embeddings()
-    full = {*(getattr(config, "layer_types", None) or ())} <= {"full_attention"}
-    full = full and not getattr(config, "sliding_window", None)
+    other = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+    full = not (other or getattr(config, "sliding_window", None))
     ids = torch.arange(10, device=model.device)[None] % config.vocab_size  # (1, 10)
     hidden = forward(model, ids, ids >= 0, transformers.DynamicCache(config=config))
     got, want = head(hidden), model(ids).logits
@@ -1103,8 +1081,7 @@ def step_probes(r):
     """Means over thinking steps (entropies in nats) and over chains. A token that fills two slots
     counts once: `whole` is the sum of the weights w of all slots that hold the same token."""
     tokens, w = r.tokens[r.thinking], r.log_weights[r.thinking].exp()  # (N, k) both
-    same = tokens[..., None] == tokens[:, None]  # (N, k, k)
-    whole = (same * w[:, None]).sum(-1)  # (N, k)
+    whole = ((tokens[..., None] == tokens[:, None]) * w[:, None]).sum(-1)  # (N, k)
     H = -(w * whole.clamp(min=1e-30).log()).sum(-1)  # (N,)
     fed = r.thinking[..., None] & (r.log_weights.exp() > 0)  # (B, T, k)
     values = {
@@ -1134,7 +1111,7 @@ def hidden_state_entropy(hidden):
 
 # ------------------------------------------------------------- 14. a run's folder, and evaluation
 def begin(cfg):
-    """What `train` needs. Raises UserError for what the user has to correct, and writes nothing."""
+    """What `train` needs. Raises UserError for what is wrong, before anything is written."""
     require(cfg.chains > 1, f"chains = {cfg.chains}; allowed: 2 or more, for GRPO compares them")
     device_of(cfg)
     path = Path(cfg.out, "trainer.pt")
@@ -1151,7 +1128,7 @@ def begin(cfg):
             policy.load_state_dict(run.pop("model"))
             optimizer.load_state_dict(run.pop("optimizer"))
     sampler = copy.deepcopy(policy).requires_grad_(False).to(compute_dtype(policy, cfg))
-    train_problem(cfg, tokenizer, 0)
+    train_problem(cfg, tokenizer, 0)  # raises where there is none
     tests = test_problems(cfg, tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)
     write(cfg, "config.json", json.dumps(vars(cfg) | {"resume": False}, indent=1))
@@ -1169,19 +1146,14 @@ def write(cfg, name, content):
 
 def readable(r, row, tokenizer):
     """A trajectory as a list of steps for JSON; a candidate is [text, weight, p]."""
-    slots = r.tokens, r.log_weights.exp(), r.log_pv.exp()
-    columns = r.representative, r.kind, r.thinking, r.entropy, *slots
-    columns = (x[row, : max(1, r.mask[row].sum())].tolist() for x in columns)
-    return [
-        {
-            "read": tokenizer.decode([y]),
-            "kind": ("pad", "forced", "token", "mixed")[kind],
-            "thinking": thinking,
-            "entropy": H,
-            "candidates": [[tokenizer.decode([v]), w, p] for v, w, p in zip(*candidates) if w],
-        }
-        for y, kind, thinking, H, *candidates in zip(*columns)
-    ]
+    columns = r.representative, r.kind, r.thinking, r.entropy, r.tokens, r.log_weights.exp()
+    columns = (x[row, : max(1, r.mask[row].sum())].tolist() for x in (*columns, r.log_pv.exp()))
+    steps = []
+    for y, kind, thinking, H, *candidates in zip(*columns):
+        step = {"read": tokenizer.decode([y]), "kind": ("pad", "forced", "token", "mixed")[kind]}
+        mixed = [[tokenizer.decode([v]), w, p] for v, w, p in zip(*candidates) if w]
+        steps.append(step | {"thinking": thinking, "entropy": H, "candidates": mixed})
+    return steps
 
 
 def pass_at_k(n, c, k) -> float:
@@ -1189,13 +1161,12 @@ def pass_at_k(n, c, k) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
+@torch.no_grad()
 def hidden_probe(model, r, chains=32):
     """Mean hidden-state entropy of the last layer, of the first `chains` thoughts."""
-    found = []
-    for one in map(r.select, (r.thinking.sum(1) > 1).nonzero()[:chains]):
-        with torch.no_grad():
-            states = completion_hidden(model, one, one.log_weights)[one.thinking]  # (T, d)
-        found.append(hidden_state_entropy(states))
+    ones = map(r.select, (r.thinking.sum(1) > 1).nonzero()[:chains])
+    states = (completion_hidden(model, one, one.log_weights)[one.thinking] for one in ones)
+    found = [hidden_state_entropy(thought) for thought in states]
     return sum(found) / max(1, len(found))
 
 
@@ -1210,12 +1181,9 @@ def evaluate(model, tokenizer, cfg, generator, tests, probes=False):
     right = [sum(correct[i : i + G]) for i in range(0, n * G, G)]  # of each problem
     if probes:
         means["hidden_entropy"] = hidden_probe(model, r)
-    return {
-        **{f"pass@{k}": sum(pass_at_k(G, c, k) for c in right) / n for k in range(1, G + 1)},
-        "stderr": torch.tensor(right).div(G).std().item() / n**0.5 if n > 1 else math.nan,
-        **means,
-        "problems": n,
-    }
+    found = {f"pass@{k}": sum(pass_at_k(G, c, k) for c in right) / n for k in range(1, G + 1)}
+    found["stderr"] = torch.tensor(right).div(G).std().item() / n**0.5 if n > 1 else math.nan
+    return {**found, **means, "problems": n}
 
 
 def read_out(cfg):
@@ -1260,12 +1228,9 @@ def main(argv=None) -> int:
     parser.add_argument("command", choices=("train", "eval"))
     for name, kind, default in ((f.name, f.type, f.default) for f in fields(Config)):
         flags = sorted({f"--{name}", f"--{name.replace('_', '-')}"})
-        how = {
-            "type": kind if kind in (int, float) else str,
-            "help": f"{comments[name]} [{default}]",
-        }
-        how = {"action": "store_true", "help": how["help"]} if kind is bool else how
-        parser.add_argument(*flags, **how)
+        how = {"type": kind if kind in (int, float) else str}
+        how = {"action": "store_true"} if kind is bool else how
+        parser.add_argument(*flags, **how, help=f"{comments[name]} [{default}]")
     try:
         given = vars(parser.parse_args(argv))
         command = given.pop("command")

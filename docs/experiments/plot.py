@@ -226,15 +226,13 @@ BASES = ("base soft", "base random", "base soft steps=3000", "base random steps=
 LEARNERS = ("single", "multiplex", "different-tokens", "soft-thinking")
 READS = ("single T=1", "single T=0.1", "different-tokens k=8", "multiplex k=8")
 READS += ("soft-thinking k=16",)
+TEMPERATURES = ("lead", "best", "cross", "drawn", "diversity", "long", "half")
 
 
 def evidence_tables():
     """{name of a marker in docs/evidence.md: its table}."""
     return {
-        "best": temperatures.comparison_table(),
-        "paper": temperatures.comparison_table(0.9),
-        "cross": temperatures.cross_table(),
-        "drawn": temperatures.drawn_table(),
+        **{name: temperatures.TABLES[name]() for name in TEMPERATURES},
         "least": least_sum_table(BASES, READS),
         "learned": least_sum_table([f"grpo {name}" for name in LEARNERS], (*READS, "own")),
         "alone": probes.step_table(),
@@ -248,7 +246,8 @@ def all_tables():
     rules = ("soft-thinking", "different-tokens", "dirichlet", "multiplex", "cot2")
     reads = [f"{rule} k={k}" for rule in rules for k in ks]
     return {
-        "choice": temperatures.choice_table(),
+        "temperatures": temperatures.temperature_table(),
+        "rates": temperatures.rate_table(),
         "ends": ends(),
         "bias": bias(),
         "by_k": least_sum_table(("base soft",), reads),

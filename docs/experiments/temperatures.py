@@ -47,6 +47,16 @@ METHODS = {
     "soft-thinking": {"method": "soft-thinking", "logprob": "exact"},
     "soft-thinking weighted": {"method": "soft-thinking", "logprob": "weighted"},
 }
+# What of a mixture matters? These run at T = 0.9.
+CONTROLS = {
+    "noise": {"method": "dirichlet", "sampling": "stranger"},  # of that size; it knows nothing of p
+    "shuffled": {"method": "dirichlet", "aggregation": "shuffled"},
+    "uniform": {"method": "dirichlet", "aggregation": "uniform"},
+    "dirichlet c=0.1": {"method": "dirichlet", "concentration": 0.1},
+    "dirichlet c=10": {"method": "dirichlet", "concentration": 10.0},
+    "different-tokens k=4": {"method": "different-tokens", "k": 4},
+    "different-tokens k=8": {"method": "different-tokens", "k": 8},
+}
 TEMPERATURES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1)
 RATE = motg.make_config(smoke=True).lr
 RATES = (RATE / 2, RATE, RATE * 2)
@@ -112,6 +122,13 @@ def commit_of():
     return os.environ.get("MOTG_COMMIT") or subprocess.check_output(git, text=True).strip()
 
 
+def add_controls():
+    """Makes the controls' rules known to motg."""
+    import evidence  # it is slow to import, and only a run needs it
+
+    evidence.add_controls()
+
+
 def processor():
     """Its name, as Linux gives it."""
     names = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
@@ -142,7 +159,8 @@ def read_outs(run):
 def carry_out(run):
     """Train, read out, keep the result."""
     began, base = time.perf_counter(), base_of(run.seed)
-    how = METHODS[run.name] | {"temperature": run.temperature}
+    add_controls()
+    how = (METHODS | CONTROLS)[run.name] | {"temperature": run.temperature}
     out = RUNS / run.path.stem
     settings = {"smoke": True, "seed": run.seed, "model": base, "out": str(out), "lr": run.rate}
     settings |= {"steps": run.steps, "chains": run.chains, "resume": True}
@@ -239,6 +257,7 @@ def stages():
         yield [Run(name, best(name)[0], seed, rate) for seed in RATED for name in METHODS]
     yield [Run(name, *at(name, seed)) for seed in COMPARE for name in METHODS]
     yield [Run(name, PAPER_T, seed, steps=400) for seed in CHOOSE for name in LONG]
+    yield [Run(name, PAPER_T, seed) for seed in CHOOSE for name in CONTROLS]
     yield [Run(name, *at(name, seed), chains=CHAINS // 2) for seed in COMPARE for name in METHODS]
 
 
@@ -405,7 +424,18 @@ def drawn_table():
     return markdown(["", "seeds", "right", "minus the first row", "pass@8"], rows)
 
 
+def control_table():
+    """The controls at T = 0.9, before and after, and minus `single`."""
+    rows, single = [], compared("single", PAPER_T)
+    for name in ("dirichlet", "different-tokens", *CONTROLS):
+        runs = compared(name, PAPER_T)
+        cells = [interval(accuracies(runs)), interval(differences(runs, single), "+")]
+        rows.append([name, len(accuracies(runs)), *cells])
+    return markdown(["", "seeds", "right", "minus `single`"], rows)
+
+
 TABLES = {
+    "controls": control_table,
     "temperatures": temperature_table,
     "lead": lead_table,
     "rates": rate_table,

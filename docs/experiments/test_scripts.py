@@ -288,10 +288,11 @@ def test_the_best_temperature_and_rate_are_those_of_the_choosing_seeds(results):
 
 
 def test_a_file_is_named_by_its_run_and_every_run_is_a_config(results):
+    temperatures.add_controls()
     runs = [run for stage in temperatures.stages() for run in stage]
     assert len({run.path for run in runs}) == len(set(runs)) > 100
     for run in runs:
-        how = temperatures.METHODS[run.name]
+        how = (temperatures.METHODS | temperatures.CONTROLS)[run.name]
         motg.make_config(smoke=True, temperature=run.temperature, lr=run.rate, **how)
         names = [name for name, *_ in temperatures.read_outs(run)]
         assert "after, own" in names and len(names) == len(set(names))
