@@ -105,25 +105,96 @@ def against_trl(path=RESULTS / "trl.json"):
 
 
 # ------------------------------------------------------------------------------ the real model
+STEPS, WARM_COLD = 40, (0.7, 0.3)  # of a whole run of real.py
+
+
+def load_sums(folder=RESULTS / "sums"):
+    """The untrained model's read-outs, and {(method, T): {seed: run}}, T = 0.7 first."""
+    base, runs = json.loads((folder / "base.json").read_text())["read_out"], {}
+    for path in folder.glob("*_T=*.json"):
+        run = json.loads(path.read_text())
+        runs.setdefault((run["method"], run["temperature"]), {})[run["seed"]] = run
+    order = sorted(runs, key=lambda name: (-name[1], METHODS.index(name[0])))
+    return base, {name: dict(sorted(runs[name].items())) for name in order}
+
+
+def whole(run):
+    """Whether a run's file has every step. Only such runs count in means."""
+    return len(run["curves"]["correct"]) == STEPS
+
+
+def bracketed(number, *runs):
+    """A number of runs, in brackets if they do not count."""
+    return number if all(map(whole, runs)) else f"({number})"
+
+
+def right(read):
+    """The share of right chains."""
+    return mean(read["right"]) / read["chains"]
+
+
+def solved(read):
+    """pass@8: the share of problems that at least one of the 8 chains solved."""
+    return mean(n > 0 for n in read["right"])
+
+
+def sums_gains(base, runs):
+    """Each method by its own read-out at the T of its training."""
+    rows = []
+    for (method, T), found in runs.items():
+        own, mine = f"{method}, T={T}", [run for run in found.values() if whole(run)]
+        reads, before = [run["read_out"][own] for run in mine], right(base[own])
+        after = [bracketed(f"{right(x['read_out'][own]):.3f}", x) for x in found.values()]
+        row = [f"`{method}`", T, len(mine), f"{before:.3f}", ", ".join(after)]
+        row.append(shown([right(read) - before for read in reads], sign="+"))
+        row += [f"{solved(base[own]):.3f}", shown([solved(read) for read in reads])]
+        rows.append([*row, f"{mean(mean(run['curves']['no_gradient']) for run in mine):.2f}"])
+    header = ["method", "T", "seeds", "right before", "right after, by seed", "difference"]
+    return markdown([*header, "pass@8 before", "pass@8 after", "`no_gradient`"], rows)
+
+
+def sums_reads(base, runs):
+    """Untrained and trained models (rows), read warm and cold (columns)."""
+    models = {(f"`{method}`", "untrained"): [base] for method in METHODS}
+    for (method, T), found in runs.items():
+        models[f"`{method}`", T] = [run["read_out"] for run in found.values() if whole(run)]
+    rows = []
+    for (name, T), reads in models.items():
+        keys = [f"{by}, T={t}" for by in (name.strip("`"), "single") for t in WARM_COLD]
+        rows.append([name, T, *(shown([right(read[key]) for read in reads]) for key in keys)])
+    columns = [f"{by}, T = {t}" for by in ("own method", "`single`") for t in WARM_COLD]
+    return markdown(["method", "trained at T", *columns], rows)
+
+
+def sums_pairs(base, runs):
+    """Mixtures minus `single`, trained and read at the same T, seed by seed."""
+    seeds, rows = sorted({seed for found in runs.values() for seed in found}), []
+    for (method, T), mine in runs.items():
+        other = runs["single", T]
+        for by in () if method == "single" else (method, "single"):
+            cells, counted, all_files = dict.fromkeys(seeds, ""), [], []
+            for seed in sorted(mine.keys() & other.keys()):
+                x = right(mine[seed]["read_out"][f"{by}, T={T}"])
+                x -= right(other[seed]["read_out"][f"single, T={T}"])
+                cells[seed] = bracketed(f"{x:+.3f}", mine[seed], other[seed])
+                all_files.append(x)
+                counted += [x] if whole(mine[seed]) and whole(other[seed]) else []
+            more = shown(all_files, sign="+") if len(counted) < len(all_files) else ""
+            row = [f"`{method}`", T, f"`{by}`", *cells.values()]
+            rows.append([*row, shown(counted, sign="+"), more])
+    header = ["method", "T", "read by", *(f"seed {seed}" for seed in seeds), "mean"]
+    return markdown([*header, "mean with the bracketed run"], rows)
+
+
 def load_real(folder=RESULTS / "real"):
-    """Tasks' base read-outs, and runs: {(task, method, seed): result}."""
+    """The first edition's tasks: base read-outs, and {(task, method): [result of each seed]}."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    runs = {(x["task"], x["method"], x["seed"]): x for x in found if "method" in x}
-    bases = {x["task"]: x for x in found if "method" not in x}
-    of = {task: task.partition("-")[0] for task, *_ in runs}  # with the same problems
-    bases = {task: bases[name] for task, name in of.items() if name in bases}
-    return bases, dict(sorted(runs.items()))
-
-
-def shares(read, keep=None):
-    """Of each problem (or those of `keep`), the share of its chains that were right."""
-    found = [n / read["chains"] for n in read["right"]]
-    return found if keep is None else [x for x, kept in zip(found, keep, strict=True) if kept]
-
-
-def with_error(values, sign=""):
-    """Mean ± standard error over problems."""
-    return f"{mean(values):{sign}.3f} ± {stdev(values) / len(values) ** 0.5:.3f}"
+    bases, runs = {x["task"]: x for x in found if "method" not in x}, {}
+    for x in found:
+        if "method" in x:
+            runs.setdefault((x["task"], x["method"]), []).append(x)
+    order = sorted(runs, key=lambda name: (name[0], METHODS.index(name[1])))
+    return bases, {name: runs[name] for name in order}
 
 
 def said(read, answer):
@@ -134,64 +205,30 @@ def said(read, answer):
     return f"≤ {min(counts.values()) / chains:.2f}"
 
 
-def own_read_outs(bases, runs):
-    """[(task, method, seed, before, after)]: each run's own read-out, untrained and trained."""
-    found = []
-    for (task, method, seed), run in runs.items():
-        both = [x.get("read_out", {}).get(method) for x in (bases.get(task, {}), run)]
-        if all(both):
-            found.append((task, method, seed, *both))
-    return found
-
-
-def real_gains(bases, runs):
-    """Right answers before and after training, problem by problem."""
+def constants(bases, runs):
+    """How much a constant answer earns, what else is right, and how often the constant is said."""
     rows = []
-    for task, method, seed, *both in own_read_outs(bases, runs):
-        truths = bases[task]["truths"]
+    for (task, method), found in runs.items():
+        base = bases[task.partition("-")[0]]  # the same problems
+        truths, reads = base["truths"], [x["read_out"][method] for x in (base, *found)]
         usual = max(sorted(set(truths)), key=truths.count)  # the same one at every call
-        rare = [truth != usual for truth in truths]
-        gains = [b - a for a, b in zip(*map(shares, both), strict=True)]
-        row = [task, method, seed, "bf16" if runs[task, method, seed]["bf16"] else "fp32"]
-        row += [*(with_error(shares(x)) for x in both), with_error(gains, "+")]
-        row.append(", ".join(f"{x['format']:.2f}" for x in both))
-        row.append(f"{truths.count(usual) / len(truths):.2f}")
-        row.append(", ".join(f"{mean(shares(x, rare)):.2f}" for x in both))
-        rows.append([*row, ", ".join(said(x, usual) for x in both)])
-    header = "task|method|seed|trained in|right before|right after|difference|well formed"
-    header += "|the commonest answer is right|right where it is not|it is said"
-    return markdown(header.split("|"), rows)
-
-
-def real_square(bases, runs):
-    """Trained with (rows) and read out with (columns)."""
-    rows = []
-    for task in dict.fromkeys(task for task, *_ in runs if task in bases):
-        trained = {"before training": bases[task]["read_out"]}
-        for (of, method, seed), run in runs.items():
-            if of == task:
-                trained[f"{method}, seed {seed}"] = run["read_out"]
-        for name, read in trained.items():
-            cells = [with_error(shares(read[m])) if m in read else "" for m in METHODS]
-            rows.append([task, name, *cells])
-    return markdown(["task", "trained with", *METHODS], rows)
-
-
-def real_mixing(bases, runs):
-    """What the own read-out mixes, before and after."""
-    rows, probes = [], ("entropy", "support", "one_hot", "distinct_tokens", "think_tokens")
-    for task, method, seed, *both in own_read_outs(bases, runs):
-        cells = [", ".join(f"{x[probe]:.3g}" for x in both) for probe in probes]
-        rows.append([task, method, seed, *cells])
-    header = ["task", "method", "seed", "H(p), nats", "exp H(w)", "weight above 0.99"]
-    return markdown([*header, "distinct tokens", "thought's length"], rows)
+        rest = [i for i, truth in enumerate(truths) if truth != usual]
+        cells = [[], [], []]
+        for read in reads:
+            cells[0].append(f"{right(read):.2f}")
+            cells[1].append(f"{mean(read['right'][i] for i in rest) / read['chains']:.2f}")
+            cells[2].append(said(read, usual))
+        row = [task, f"`{method}`", f"{usual}: {truths.count(usual) / len(truths):.2f}"]
+        rows.append([*row, *(f"{before}; {', '.join(after)}" for before, *after in cells)])
+    header = ["task", "method", "the commonest answer is right", "right before; after"]
+    return markdown([*header, "right where it is not", "it is said"], rows)
 
 
 def real_tables():
     """{name of a marker in docs/real.md: its table}."""
-    bases, runs = load_real()
-    makers = {"gains": real_gains, "square": real_square, "mixing": real_mixing}
-    return {name: make(bases, runs) for name, make in makers.items()}
+    makers = {"gains": sums_gains, "reads": sums_reads, "pairs": sums_pairs}
+    tables = {name: make(*load_sums()) for name, make in makers.items()}
+    return tables | {"constants": constants(*load_real())}
 
 
 # --------------------------------------------------------------------------------- the evidence
@@ -226,7 +263,7 @@ BASES = ("base soft", "base random", "base soft steps=3000", "base random steps=
 LEARNERS = ("single", "multiplex", "different-tokens", "soft-thinking")
 READS = ("single T=1", "single T=0.1", "different-tokens k=8", "multiplex k=8")
 READS += ("soft-thinking k=16",)
-TEMPERATURES = ("lead", "best", "cross", "drawn", "diversity", "long", "half")
+TEMPERATURES = ("lead", "best", "cross", "drawn", "diversity", "long", "controls")
 
 
 def evidence_tables():
@@ -248,6 +285,7 @@ def all_tables():
     return {
         "temperatures": temperatures.temperature_table(),
         "rates": temperatures.rate_table(),
+        "half": temperatures.half_table(),
         "ends": ends(),
         "bias": bias(),
         "by_k": least_sum_table(("base soft",), reads),
@@ -309,25 +347,22 @@ def bias_and_variance(plt):
 
 
 def real_figure(plt):
-    """Curves while training, a row a task."""
-    runs = load_real()[1]
-    tasks = list(dict.fromkeys(task for task, *_ in runs))
-    titles = {"correct": "right while training", "format": "well formed"}
-    titles |= {"no_gradient": "prompts without a gradient", "support": "exp H(w), tokens"}
-    size = {"figsize": (3.2 * len(titles), 2.6 * len(tasks)), "layout": "constrained"}
-    figure, axes = plt.subplots(len(tasks), len(titles), squeeze=False, sharex=True, **size)
-    for row, task in zip(axes, tasks, strict=True):
-        for ax, (probe, title) in zip(row, titles.items(), strict=True):
-            for method in METHODS:
-                color, line = STYLES[method]
-                mine = [x for (t, m, _), x in runs.items() if (t, m) == (task, method)]
-                for i, run in enumerate(mine):
-                    y = smooth(run["curves"][probe])
-                    label = method if i == 0 and probe == "correct" else None
-                    ax.plot(range(1, len(y) + 1), y, color=color, linestyle=line, label=label)
-            ax.set(title=f"{task}: {title}", xlabel="GRPO step" if task == tasks[-1] else "")
-            ax.title.set_fontsize(9)
-    finish(figure, axes.flatten(), "real")
+    """Right answers while the real model is trained: means over seeds, and from least to most."""
+    runs = load_sums()[1]
+    size = {"figsize": (9, 3.6), "layout": "constrained"}
+    figure, axes = plt.subplots(1, 2, sharey=True, **size)
+    for ax, T in zip(axes, WARM_COLD, strict=True):
+        for method in METHODS:
+            color, line = STYLES[method]
+            mine = [run for run in runs[method, T].values() if whole(run)]
+            seeds = list(zip(*(smooth(run["curves"]["correct"], 2) for run in mine), strict=True))
+            x = range(1, STEPS + 1)
+            ax.plot(x, list(map(mean, seeds)), color=color, linestyle=line, label=method)
+            lows, highs = list(map(min, seeds)), list(map(max, seeds))
+            ax.fill_between(x, lows, highs, color=color, alpha=0.15, linewidth=0)
+        ax.set(title=f"trained at T = {T}", xlabel="GRPO step")
+    axes[0].set(ylabel="right while training")
+    finish(figure, axes, "real")
 
 
 def main():

@@ -182,6 +182,82 @@ def test_a_comparison_is_paired_by_seed():
     assert (center, half) == (pytest.approx(0.55), pytest.approx(12.71 * 0.05, rel=1e-3))
 
 
+def sums_run(method, T, reads, steps=plot.STEPS):
+    """A run of real.py by hand: reads is {read-out: right chains of two problems}."""
+    curves = {"correct": [0.5] * steps, "no_gradient": [0.0, 1.0] * (steps // 2)}
+    found = {name: {"right": right, "chains": 8} for name, right in reads.items()}
+    return {"method": method, "temperature": T, "curves": curves, "read_out": found}
+
+
+@pytest.fixture
+def sums():
+    """The untrained model, and runs at T = 0.7, of which one is not whole."""
+    names = [f"{method}, T={T}" for method in plot.METHODS for T in plot.WARM_COLD]
+    base = {name: {"right": [0, 4], "chains": 8} for name in names}
+    one, mix = ("single, T=0.7", "single, T=0.3"), ("dirichlet, T=0.7", "dirichlet, T=0.3")
+    single = [[8, 4], [8, 8], [8, 0]]  # 0.75, 1, 0.5
+    mixed = [[8, 0], [8, 4], [0, 0]]  # 0.5, 0.75, 0
+    cold = dict.fromkeys((one[1], mix[1]), [8, 8])
+    runs = {
+        ("single", 0.7): {
+            s: sums_run("single", 0.7, {one[0]: x} | cold) for s, x in enumerate(single)
+        },
+        ("dirichlet", 0.7): {
+            s: sums_run("dirichlet", 0.7, {mix[0]: x, one[0]: [8, 8]} | cold, 40 if s < 2 else 4)
+            for s, x in enumerate(mixed)
+        },
+    }
+    return base, runs
+
+
+def test_gains_of_the_real_model_by_hand(sums):
+    rows = plot.sums_gains(*sums).splitlines()[2:]
+    half = f"{4.303 * 0.25 / 3**0.5:.3f}"  # of 0.75, 1, 0.5, whose standard deviation is 0.25
+    want = f"| `single` | 0.7 | 3 | 0.250 | 0.750, 1.000, 0.500 | +0.500 ± {half} | 0.500 "
+    assert rows[0].startswith(want) and rows[0].endswith(" | 0.50 |")
+    want = f"| `dirichlet` | 0.7 | 2 | 0.250 | 0.500, 0.750, (0.000) | +0.375 ± {12.71 / 8:.3f} | "
+    pass_8 = f"0.500 | 0.750 ± {12.71 / 4:.3f} | 0.50 |"
+    assert rows[1] == want + pass_8
+
+
+def test_read_outs_of_the_real_model_by_hand(sums):
+    rows = plot.sums_reads(*sums).splitlines()[2:]
+    assert rows[1] == "| `dirichlet` | untrained | 0.250 | 0.250 | 0.250 | 0.250 |"
+    own, certain = f"0.625 ± {12.71 / 8:.3f}", "1.000 ± 0.000"
+    assert rows[4] == f"| `dirichlet` | 0.7 | {own} | {certain} | {certain} | {certain} |"
+
+
+def test_mixtures_and_single_are_compared_seed_by_seed_by_hand(sums):
+    own, by_single = plot.sums_pairs(*sums).splitlines()[2:]
+    every = f"-0.333 ± {4.303 * (1 / 48) ** 0.5 / 3**0.5:.3f}"  # of -0.25, -0.25, -0.5
+    cells = "-0.250 | -0.250 | (-0.500) | -0.250 ± 0.000"
+    assert own == f"| `dirichlet` | 0.7 | `dirichlet` | {cells} | {every} |"
+    assert by_single.startswith("| `dirichlet` | 0.7 | `single` | +0.250 | +0.000 | (+0.500) |")
+
+
+def test_a_constants_share_by_hand():
+    def read(right, answers):
+        found = {"right": right, "chains": 4, "problems": 4, "answers": answers}
+        return {"read_out": {"single": found}}
+
+    before = read([1, 1, 1, 1], [["7", 6], ["1", 4]])
+    after = [read([4, 4, 0, 2], [["1", 14], ["3", 2]]), read([0, 0, 4, 4], [["7", 9], ["3", 5]])]
+    bases = {"gcd": before | {"truths": ["1", "1", "7", "3"]}}
+    row = plot.constants(bases, {("gcd-slow", "single"): after}).splitlines()[-1]
+    cells = "1: 0.50 | 0.25; 0.62, 0.50 | 0.25; 0.25, 1.00 | 0.25; 0.88, ≤ 0.31"
+    assert row == f"| gcd-slow | `single` | {cells} |"
+
+
+def test_the_results_of_the_real_model_are_loaded_in_the_tables_order():
+    base, runs = plot.load_sums()
+    assert list(runs) == [(method, T) for T in plot.WARM_COLD for method in plot.METHODS]
+    assert set(base) == {f"{method}, T={T}" for method, T in runs}
+    for (method, T), found in runs.items():
+        for seed, run in found.items():
+            assert (run["method"], run["temperature"], run["seed"]) == (method, T, seed)
+            assert set(run["read_out"]) <= set(base) and len(run["read_out"]) in (2, 4)
+
+
 # ----------------------------------------------------------------------------------------- real.py
 def test_a_real_models_read_out_counts_right_answers_by_problem(folder, monkeypatch):
     """With answers put into its mouth: n % 3 of problem n's three chains are right."""
@@ -211,7 +287,6 @@ def test_all_or_nothing_gives_no_part():
     assert 0 < motg.score("gcd", "12", entry) < 1
     assert [real.all_or_nothing("gcd", answer, entry) for answer in ("12", "1")] == [0, 1]
     assert Path(real.config_of("dirichlet", 0.3).shots).exists()
-
 
 
 # ----------------------------------------------------------------------------------------- bias.py
