@@ -197,7 +197,7 @@ def sums():
     one, mix = ("single, T=0.7", "single, T=0.3"), ("dirichlet, T=0.7", "dirichlet, T=0.3")
     single = [[8, 4], [8, 8], [8, 0]]  # 0.75, 1, 0.5
     mixed = [[8, 0], [8, 4], [0, 0]]  # 0.5, 0.75, 0
-    cold = dict.fromkeys((one[1], mix[1]), [8, 8])
+    cold = {key: [8, 8] for key in (one[1], mix[1])}
     runs = {
         ("single", 0.7): {
             s: sums_run("single", 0.7, {one[0]: x} | cold) for s, x in enumerate(single)
