@@ -8,6 +8,7 @@ ends the thought with `</think>`, answers in ordinary tokens, and is trained wit
 
 Read it from top to bottom. Part One is the method, and a student can stop at its end. Part Two is
 the program around it.
+
 Letters in shapes: B rows (a row is one chain, one completion of a prompt), G chains a prompt, n
 prompts, P the longest prompt, T new tokens (in formulas T is the temperature), k candidates, V
 vocabulary, d width, N steps picked out of B x T, Q inputs of a pass, S slots that they look at.
@@ -379,8 +380,9 @@ def step_distribution(logits, matched, tag, cfg):
     return token_distribution(logits, T)
 
 
-# A rule that ends thoughts gets section 5's Decoder, and returns the rows (B,) in which it puts a
-# token in, and the tokens (B,). docs/tools/field.py has rules by entropy and by number of steps.
+# That rule is `drawn`. With `most-likely`, a thought ends where the arg-max of p ends it, nowhere
+# else. A rule gets section 5's Decoder, and returns the rows (B,) in which it puts a token in, and
+# the tokens (B,). docs/tools/field.py has rules by entropy and by the number of steps.
 END = {
     "drawn": lambda d: (d.matched < 0, d.matched),  # it puts nothing in
     "most-likely": lambda d: (d.tag.ends[d.matched, d.logits.argmax(-1)], d.logits.argmax(-1)),
