@@ -846,7 +846,7 @@ def make_config(method="dirichlet", **overrides) -> Config:
     smoke = json.loads((SMOKE / "settings.json").read_text()) if overrides.get("smoke") else {}
     if overrides.get("task", smoke.get("task")) != smoke.get("task"):
         smoke.pop("task_settings", None)  # they are for the smoke mode's own task
-    with refusing("unknown setting"):
+    with refusing("unknown setting; allowed: those of --help, with docs/tools/field.py more"):
         cfg = Config(**smoke | METHODS.get(method, {}) | overrides | {"method": method})
     for name, kind, value in ((f.name, f.type, getattr(cfg, f.name)) for f in fields(cfg)):
         if choices := CHOICES.get(name, get_args(kind)):
