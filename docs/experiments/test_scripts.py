@@ -362,8 +362,7 @@ def test_the_best_temperature_and_rate_are_those_of_the_choosing_seeds(results):
     assert temperatures.best("single") == (0.5, high)
 
 
-def test_a_file_is_named_by_its_run_and_every_run_is_a_config(results):
-    temperatures.add_controls()
+def test_a_file_is_named_by_its_run_and_every_run_is_a_config(results, controls):
     runs = [run for stage in temperatures.stages() for run in stage]
     assert len({run.path for run in runs}) == len(set(runs)) > 100
     for run in runs:
