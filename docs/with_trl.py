@@ -2,7 +2,7 @@
 
     pip install -r requirements.txt "trl==1.16.*"
     accelerate launch --multi_gpu --num_processes 8 docs/with_trl.py --method dirichlet --steps 500
-    python motg.py eval --model runs/trl-dirichlet-0 --method single,dirichlet
+    python docs/tools/field.py eval --model runs/trl-dirichlet-0 --method single
 
 motg samples and scores mixtures; the rest is TRL's, whose first learning rate is 0 and whose weight
 decay leaves norms and biases out. Flags are motg.py's, and any of `trl.GRPOConfig`. An update has
@@ -25,8 +25,8 @@ import trl
 from accelerate import PartialState
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import motg
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
+from field import motg  # with the rules of other papers
 
 
 def scores(model, cfg, r, rows, micro_batch=None):
@@ -128,7 +128,8 @@ def make_trainer(argv):
     motg.require(trl.__version__.startswith("1.16."), f"trl {trl.__version__}; tested: 1.16")
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in fields(motg.Config):
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
+        number = f.type if f.type in (int, float) else str
+        kind = {"action": "store_true"} if f.type is bool else {"type": number}
         parser.add_argument(*{f"--{f.name}": 0, f"--{f.name.replace('_', '-')}": 0}, **kind)
     ours, theirs = parser.parse_known_args(argv)
     cfg = motg.make_config(**vars(ours))
