@@ -426,7 +426,7 @@ class Rollout(NamedTuple):
     prompt_mask: Tensor  # (B, P) False on the padding
     prompt: Tensor  # (B,) which prompt a row belongs to
     tag: TagTable
-    texts: list[str]
+    texts: list[str] = None
 
     mask = property(lambda self: self.kind > PAD)  # (B, T) real steps
     sampled = property(lambda self: self.kind > FORCED)  # (B, T) those with a score and a loss
@@ -443,7 +443,7 @@ class Rollout(NamedTuple):
         P = max(1, int(self.prompt_mask[rows].sum(1).max()))
         T = max(1, int(self.mask[rows].sum(1).max()))
         prompts = self.prompt_ids[rows, -P:], self.prompt_mask[rows, -P:], self.prompt[rows]
-        return Rollout(Steps(*(x[rows, :T] for x in self.steps)), *prompts, self.tag, [])
+        return Rollout(Steps(*(x[rows, :T] for x in self.steps)), *prompts, self.tag)
 
 
 # transformers 5.24 renamed an argument. cuDNN's attention is left out: it makes a plan for each new
@@ -580,7 +580,7 @@ def rollout(model, tokenizer, prompts, cfg, generator=None) -> Rollout:
                 decoder.rows = decoder.rows[live]
                 decoder.keep(live.nonzero()[:, 0])
     prompt = rows // cfg.chains  # (B,)
-    r = Rollout(decoder.record, ids[prompt], mask[prompt], prompt, decoder.tag, []).select(rows)
+    r = Rollout(decoder.record, ids[prompt], mask[prompt], prompt, decoder.tag).select(rows)
     shown = zip(r.representative.cpu(), (r.mask & ~r.eos).cpu())
     texts = [tokenizer.decode(y[i], clean_up_tokenization_spaces=False) for y, i in shown]
     return r._replace(texts=texts)
