@@ -24,8 +24,8 @@ import torch.nn.functional as F
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import enumeration as plain  # noqa: E402
-import evidence  # noqa: E402
 import plot  # noqa: E402
+import temperatures  # noqa: E402
 from enumeration import motg  # noqa: E402
 
 FIVE, PROMPT = plain.FIVE, "ab"
@@ -173,8 +173,9 @@ def main():
             began = time.perf_counter()
             rows += measured(rule, head, name, a.chains, a.samples, a.groups)
             print(f"{rule}, {name}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    about = {"commit": temperatures.commit_of(), "torch": torch.__version__}
     new = a.json.with_suffix(".new")
-    new.write_text(json.dumps({"about": evidence.about(), "rows": rows}, indent=0) + "\n")
+    new.write_text(json.dumps({"about": about, "rows": rows}, indent=0) + "\n")
     os.replace(new, a.json)
     print(plot.bias(a.json))
 

@@ -1,4 +1,4 @@
-"""A second world for evidence.py: ways through a grid, where several are open at once.
+"""A second world for temperatures.py: ways through a grid, where several are open at once.
 
 motg's smoke mode and warm start on Reasoning-Gym's `shortest_path` (4 x 4 cells) with other
 demonstrations. A thought names the cells of a way, one token each, an answer its directions. Where
@@ -11,7 +11,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs/tools")]
-from warm_start import warm_start  # noqa: E402
 
 import motg  # noqa: E402
 
@@ -67,13 +66,3 @@ def demonstrate(entry, rng):
         cells, moves = ["easy"], rng.choices(list(MOVES), k=rng.randint(1, 4))
     thought, answer = "".join(cells or ["none"]), " ".join(moves or ["infeasible"])
     return f"{thought}{motg.TAG} <answer>{answer}</answer><|im_end|>"
-
-
-def make_base(folder):
-    """The warm-started model, in about a minute, unless it is there."""
-    if not (folder / "done").exists():
-        cfg = motg.make_config(smoke=True, task="shortest_path", task_settings=SETTINGS)
-        for part in warm_start(cfg, words(), demonstrate):
-            part.save_pretrained(folder)
-        (folder / "done").touch()
-    return folder

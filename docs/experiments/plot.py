@@ -26,15 +26,6 @@ STYLES = dict(zip(METHODS, (("#777777", "--"), ("#0072b2", "-"), ("#d55e00", "-.
 
 
 # ------------------------------------------------------------------------------------------- tables
-def load(folder):
-    """{variant: {seed: result}} of evidence.py."""
-    runs = {}
-    for path in sorted(folder.glob("*.[0-9].json")):
-        run = json.loads(path.read_text())
-        runs.setdefault(run["variant"], {})[run["seed"]] = run
-    return runs
-
-
 def interval(values):
     """Mean and half the width of its 95% interval (None for a single value)."""
     n = len(values)
@@ -54,33 +45,6 @@ def markdown(header, rows):
     """A table of strings."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def comparison(runs, names, reference="single"):
-    """Accuracy of variants before and after, and the paired difference to a reference."""
-    rows = []
-    for name in filter(runs.__contains__, names):
-        mine, other = runs[name], runs.get(reference, {})
-        both = sorted(mine.keys() & other.keys())
-        difference = [mine[s]["accuracy_after"] - other[s]["accuracy_after"] for s in both]
-        row = [name, len(mine), shown([r["accuracy_before"] for r in mine.values()])]
-        row += [shown([r["accuracy_after"] for r in mine.values()])]
-        row += [min(f"{r['accuracy_after']:.2f}" for r in mine.values())]
-        rows.append([*row, shown(difference, sign="+") if name != reference else ""])
-    header = ["variant", "seeds", "before", "after", "worst seed", f"minus `{reference}`"]
-    return markdown(header, rows)
-
-
-def square(runs, base, names, columns):
-    """Accuracy by what a model was trained with (rows) and read out with (columns)."""
-    models = {"before training": [base]} if base else {}
-    for name in filter(runs.__contains__, names):
-        models[name] = [run["read_out"] for run in runs[name].values()]
-    rows = []
-    for name, found in models.items():
-        values = [[read[c]["pass@1"] for read in found if c in read] for c in columns]
-        rows.append([name, *(shown(v, 2) for v in values)])
-    return markdown(["trained with", *columns], rows)
 
 
 def bias(path=RESULTS / "bias.json"):

@@ -1,4 +1,5 @@
-"""Two probes of trained models: what a mixture does to the next step, and where rewards vary.
+"""Probes of trained models: what a mixture does to the next step, where rewards vary, and the
+entropy of hidden states.
 
     python docs/experiments/probes.py                   models of temperatures.py, where it has run
     python docs/experiments/probes.py --model FOLDER    one model, such as SmolLM2's
@@ -10,7 +11,10 @@ and for its second. Their Jensen-Shannon divergences are in nats, 0 to log 2.
 
 Where do rewards vary? Of each problem there are 8 thoughts, and of each thought 8 answers.
 `thoughts` is the variance of a thought's mean over answers, `answers` that of the answers to one
-thought, both unbiased, mean over problems. Results go to docs/experiments/results/probes; a model
+thought, both unbiased, mean over problems.
+
+Hidden-state entropy is that of the last layer over windows of four thinking steps, so that thoughts
+of every length compare. Results go to docs/experiments/results/probes; a model
 whose result is there is not read again.
 """
 
@@ -33,6 +37,7 @@ from temperatures import motg  # noqa: E402
 
 RESULTS = HERE / "results/probes"
 BINS = (0.1, 0.2, 0.3, 0.4, 0.51)  # of the second weight; below them a step is nearly one token
+WINDOW = 4  # thinking steps
 MIXES = ("dirichlet", "different-tokens", "soft-thinking")  # whose k is 2
 
 
@@ -123,13 +128,29 @@ def reward_variance(model, tokenizer, r, problems, cfg, answers=8):
     }
 
 
+@torch.no_grad()
+def windows(model, r, correct):
+    """Hidden-state entropy of the last layer in windows of WINDOW thinking steps, of thoughts that
+    led to right and to wrong answers (`correct` (B,) bool): {outcome: [(thoughts, mean)]}."""
+    states = motg.completion_hidden(model, r, r.log_weights)  # (B, T, d)
+    found = {"right": [], "wrong": []}
+    for end in range(WINDOW, r.mask.shape[1] + 1, WINDOW):
+        entropy = motg.hidden_state_entropy(states[:, end - WINDOW : end])  # (B,)
+        inside = r.thinking[:, end - 1]  # (B,)
+        for outcome, rows in (("right", inside & correct), ("wrong", inside & ~correct)):
+            values = entropy[rows]
+            found[outcome].append((len(values), values.mean().item() if len(values) else None))
+    return found
+
+
 def probe(model, tokenizer, cfg):
-    """Both probes of one model as one method reads it."""
+    """The probes of one model as one method reads it."""
     tests = motg.test_problems(cfg, tokenizer)
     generator = torch.Generator().manual_seed(cfg.seed)
-    r, _ = motg.attempt(model, tokenizer, tests, cfg, generator)
+    r, parts = motg.attempt(model, tokenizer, tests, cfg, generator)
     problems = [test for test in tests for _ in range(cfg.chains)]
     found = reward_variance(model, tokenizer, r, problems, cfg)
+    found["windows"] = windows(model, r, torch.tensor([part["correct"] == 1 for part in parts]))
     return found | {"steps": divergences(model, r, cfg) if cfg.k > 1 else []}
 
 
@@ -141,17 +162,18 @@ def keep(name, found):
     path.with_suffix(".new").rename(path)
 
 
-def smoke_models(temperature=0.9):
+def smoke_models(world, seeds, temperature=0.9):
     """Bases of temperatures.py by four methods, and what each of these has made of them."""
-    for seed in range(5):
+    for seed in seeds:
         for name in ("single", *MIXES):
             how = temperatures.METHODS[name] | {"temperature": temperature}
-            cfg = motg.make_config(smoke=True, seed=seed, eval_problems=64, **how)
-            run = temperatures.Run(name, temperature, seed)
-            folders = {"base": temperatures.base_of(seed)}
+            how |= temperatures.TASKS[world] | {"eval_problems": 64}
+            cfg = motg.make_config(smoke=True, seed=seed, **how)
+            run = temperatures.Run(name, temperature, seed, world=world)
+            folders = {"base": temperatures.base_of(seed, world)}
             folders["trained"] = str(temperatures.RUNS / run.path.stem / "checkpoint")
             for when, folder in folders.items():
-                result = f"{when}-{name}.{seed}"
+                result = f"{world} {when}-{name}.{seed}"
                 if Path(folder).exists() and not (RESULTS / f"{result}.json").exists():
                     keep(result, probe(*motg.load_model(cfg, folder), cfg))
                     print(result, flush=True)
@@ -160,7 +182,7 @@ def smoke_models(temperature=0.9):
 def least_sum_models():
     """Bases of least_sum_runs.py that were taught to think in mixtures: the first probe alone."""
     base = runs.WORLD | {"supervision": "soft"}
-    for seed in range(3):
+    for seed in range(5):
         result = f"least sum-soft-thinking.{seed}"
         name = "-".join(f"{key}={value}" for key, value in sorted(base.items()))
         folder = runs.RUNS / "bases" / f"{name}.{seed}"
@@ -239,7 +261,8 @@ def main():
             keep(f"{a.name}-{name}.0", found | {"steps": divergences(model, r, cfg)})
     else:
         torch.set_num_threads(1)
-        smoke_models()
+        smoke_models("sums", temperatures.SCORED)
+        smoke_models("paths", temperatures.CHOOSE)
         least_sum_models()
 
 

@@ -1,4 +1,4 @@
-"""Each method at its own best temperature and rate: the runs of the smoke world, on a CPU.
+"""Each method at its own best temperature and rate, in two small worlds, on a CPU.
 
     python docs/experiments/temperatures.py --jobs 2     all runs that are missing
     python docs/experiments/temperatures.py --cross      models of `single` read by each method
@@ -11,7 +11,9 @@ docs/experiments/results/temperatures; one that is there is not repeated.
 Seeds 0 to 4 train every method at every temperature, and are read on 250 test problems x 8 chains.
 They choose each method's temperature, and seeds 0 and 1 its learning rate there. Seeds 5 to 9
 compare: each method at what was chosen for it, read before and after on 1,000 problems. Nothing is
-chosen for the paper's T = 0.9: there seeds 0 to 4 compare. A run takes about a minute on one thread
+chosen for the paper's T = 0.9: there seeds 0 to 4 compare. Seeds 10 to 14 compare scores there. In
+the world of paths.py seeds 0 to 4 compare methods at three temperatures, and read each model that
+was trained at T = 0.9 by every method. A run takes about a minute on one thread
 of an AMD EPYC with bf16, one that is read on 1,000 problems two, and 400 steps take four.
 """
 
@@ -34,7 +36,9 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "docs/tools")]
+sys.path[:0] = [str(HERE), str(ROOT / "docs/tools")]
+import paths  # noqa: E402
+from controls import add_controls  # noqa: E402
 from field import motg  # noqa: E402
 from warm_start import warm_start  # noqa: E402
 
@@ -57,13 +61,31 @@ CONTROLS = {
     "different-tokens k=4": {"method": "different-tokens", "k": 4},
     "different-tokens k=8": {"method": "different-tokens", "k": 8},
 }
+# Which score should a step have? Beside those of METHODS, at T = 0.9.
+SCORES = {
+    "dirichlet weighted": {"method": "dirichlet", "logprob": "weighted"},
+    "dirichlet exact": {"method": "dirichlet", "logprob": "exact"},
+    "multiplex representative": {"method": "multiplex", "logprob": "representative"},
+    "multiplex weighted": {"method": "multiplex", "logprob": "weighted"},
+    "multiplex exact+1": {"method": "multiplex", "logprob": "exact", "weight_passes": 1},
+}
+for method in ("different-tokens", "soft-thinking"):
+    for score, passes in (("representative", 0), ("exact", 0), ("exact", 1)):
+        how = {"method": method, "logprob": score, "weight_passes": passes}
+        SCORES[f"{method} {score}{'+1' * passes}"] = how
+del SCORES["soft-thinking exact"]  # METHODS has it
+HOW = METHODS | CONTROLS | SCORES
 TEMPERATURES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1)
 RATE = motg.make_config(smoke=True).lr
 RATES = (RATE / 2, RATE, RATE * 2)
 CHOOSE, COMPARE = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)  # seeds
 RATED = CHOOSE[:2]  # seeds that choose the rate
+SCORED = (10, 11, 12, 13, 14)  # seeds that compare scores
+PATHS = ("single", "dirichlet", "different-tokens", "multiplex", "soft-thinking")
+PATHS_T = (0.9, 0.1, 0.5)
 PAPER_T = 0.9  # the paper's temperature; the choosing seeds compare there
 COLD_T = 0.1
+TASKS = {"sums": {}, "paths": {"task": "shortest_path", "task_settings": paths.SETTINGS}}
 STEPS, CHAINS = 80, 8
 # What is drawn in a thought? These read a model that `single` has trained at T = 0.9.
 DRAWN = {
@@ -93,10 +115,12 @@ class Run(NamedTuple):
     rate: float = RATE
     steps: int = STEPS
     chains: int = CHAINS
+    world: str = "sums"  # or "paths", the world of paths.py
 
     @property
     def path(self):
-        parts = [self.name.replace(" ", "-"), f"T={self.temperature}"]
+        parts = [self.world] * (self.world != "sums")
+        parts += [self.name.replace(" ", "-"), f"T={self.temperature}"]
         parts += [f"lr={self.rate:g}"] * (self.rate != RATE)
         parts += [f"steps={self.steps}"] * (self.steps != STEPS)
         parts += [f"chains={self.chains}"] * (self.chains != CHAINS)
@@ -106,11 +130,13 @@ class Run(NamedTuple):
         return json.loads(self.path.read_text()) if self.path.exists() else None
 
 
-def base_of(seed):
+def base_of(seed, world="sums"):
     """The folder of the base of a seed; made once."""
-    folder = RUNS / f"base-{seed}"
+    folder = RUNS / (f"base-{seed}" if world == "sums" else f"{world}-base-{seed}")
     if not (folder / "done").exists():
-        for part in warm_start(motg.make_config(smoke=True, seed=seed)):
+        more = (paths.words(), paths.demonstrate) if world == "paths" else ()
+        cfg = motg.make_config(smoke=True, seed=seed, **TASKS[world])
+        for part in warm_start(cfg, *more):
             part.save_pretrained(folder)
         (folder / "done").touch()
     return str(folder)
@@ -120,13 +146,6 @@ def commit_of():
     """The last commit that changed motg.py; MOTG_COMMIT says it where there is no git."""
     git = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--", "motg.py"]
     return os.environ.get("MOTG_COMMIT") or subprocess.check_output(git, text=True).strip()
-
-
-def add_controls():
-    """Makes the controls' rules known to motg."""
-    import evidence  # it is slow to import, and only a run needs it
-
-    evidence.add_controls()
 
 
 def processor():
@@ -145,27 +164,31 @@ def read_outs(run):
     """(name, which model, settings) of each way in which a run is read."""
     own, cold = {"temperature": run.temperature}, {"temperature": COLD_T}
     warm = {"temperature": PAPER_T}
-    if run.seed in COMPARE:
+    if run.seed in COMPARE or run.world == "paths":
         yield "before, own", "before", own
     yield "after, own", "after", own
     if run.temperature == PAPER_T:
         yield "after, cold", "after", cold
     elif run.seed in COMPARE:
         yield "after, warm", "after", warm
-    if run.temperature == PAPER_T and run.name in WIDE and run.steps == STEPS:
+    wide = (run.name in WIDE, run.temperature, run.steps) == (True, PAPER_T, STEPS)
+    if run.world == "paths" and run.temperature == PAPER_T:
+        for name in PATHS:
+            yield f"after, by {name}", "after", METHODS[name] | own
+    elif run.seed in CHOOSE and wide:
         yield "after, 32 chains", "after", own | {"chains": 32}
 
 
 def carry_out(run):
     """Train, read out, keep the result."""
-    began, base = time.perf_counter(), base_of(run.seed)
+    began, base = time.perf_counter(), base_of(run.seed, run.world)
     add_controls()
-    how = (METHODS | CONTROLS)[run.name] | {"temperature": run.temperature}
+    how = HOW[run.name] | {"temperature": run.temperature}
     out = RUNS / run.path.stem
     settings = {"smoke": True, "seed": run.seed, "model": base, "out": str(out), "lr": run.rate}
     settings |= {"steps": run.steps, "chains": run.chains, "resume": True}
     settings |= {"eval_problems": 64, "save_every": 10**6}
-    cfg = motg.make_config(**settings | how)
+    cfg = motg.make_config(**settings | TASKS[run.world] | how)
     motg.train(cfg)
     cfg.eval_problems = 1000 if run.seed in COMPARE else 250
     found = {**run._asdict(), "problems": cfg.eval_problems}
@@ -259,6 +282,10 @@ def stages():
     yield [Run(name, PAPER_T, seed, steps=400) for seed in CHOOSE for name in LONG]
     yield [Run(name, PAPER_T, seed) for seed in CHOOSE for name in CONTROLS]
     yield [Run(name, *at(name, seed), chains=CHAINS // 2) for seed in COMPARE for name in METHODS]
+    yield [Run(name, PAPER_T, seed) for seed in SCORED for name in METHODS | SCORES]
+    for T in PATHS_T:
+        names = (*PATHS, "noise") if T == PAPER_T else PATHS
+        yield [Run(name, T, seed, world="paths") for seed in CHOOSE for name in names]
 
 
 def at(name, seed):
@@ -500,9 +527,11 @@ def main():
         carry_out(Run(*json.loads(a.run)))
     else:
         with ThreadPoolExecutor(a.jobs) as pool:
-            for runs in islice(stages(), a.stages):
-                list(pool.map(base_of, sorted({run.seed for run in runs})))
-                list(pool.map(started, dict.fromkeys(runs)))
+            for stage in islice(stages(), a.stages):
+                runs = [run for run in dict.fromkeys(stage) if not run.path.exists()]
+                bases = sorted({(run.seed, run.world) for run in runs})
+                list(pool.map(lambda base: base_of(*base), bases))
+                list(pool.map(started, runs))
 
 
 if __name__ == "__main__":

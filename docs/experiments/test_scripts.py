@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import against_trl
 import bench
 import bias
+import controls as rules
 import enumeration as plain
-import evidence
 import paths
 import plot
 import probes
@@ -88,21 +88,13 @@ def test_the_second_worlds_words_are_single_tokens_and_its_demonstrations_fit():
         assert len(tokenizer.encode(reply)) <= cfg.max_new_tokens
 
 
-# ------------------------------------------------------------------------------------- evidence.py
+# ------------------------------------------------------------------------------------- controls.py
 @pytest.fixture
 def controls():
     """The controls are rules of motg, for one test."""
     with mock.patch.dict(motg.SAMPLING), mock.patch.dict(motg.AGGREGATION):
-        evidence.add_controls()
+        rules.add_controls()
         yield
-
-
-def test_every_variant_is_a_config_and_the_names_of_files_differ(controls):
-    for name, (flags, seeds) in evidence.VARIANTS.items():
-        motg.make_config(smoke=True, **flags)
-        assert 3 <= seeds <= 8
-        assert name in evidence.PATHS or not name.startswith("paths") or len(flags) == 2
-    assert len({evidence.path_of(name, 0) for name in evidence.VARIANTS}) == len(evidence.VARIANTS)
 
 
 @pytest.mark.parametrize("how", [{"sampling": "stranger"}, {"aggregation": "shuffled"}])
@@ -119,46 +111,11 @@ def test_the_controls_roll_out_and_never_mix_an_end_into_a_thought(how, controls
 def test_the_stranger_is_any_token_and_has_the_second_weight(controls):
     log_p = torch.tensor([0.9, 0.06, 0.04, 0.0]).log().expand(4000, -1)
     first = torch.zeros(4000).long()
-    tokens, log_pv = evidence.stranger(log_p, first, None, plain.seeded(0))
+    tokens, log_pv = rules.stranger(log_p, first, None, plain.seeded(0))
     shares = tokens[:, 1].bincount(minlength=4) / 4000
     torch.testing.assert_close(shares, torch.tensor([1 / 3, 1 / 3, 1 / 3, 0]), atol=0.05, rtol=0)
     assert (tokens[:, 0] == 0).all()
     torch.testing.assert_close(log_pv[0].exp(), torch.tensor([0.9, 0.06]))
-
-
-def test_hidden_entropy_in_windows_is_that_of_each_thoughts_own_steps(folder, monkeypatch):
-    """Against `hidden_probe` of one thought at a time, cut to the window's steps."""
-    how = {"smoke": True, "max_new_tokens": 11, "eval_problems": 6, "chains": 4}
-    cfg, kept, rollout = motg.make_config("multiplex", **how), [], motg.rollout
-    model, tokenizer = motg.load_model(cfg, folder)
-
-    def with_thought(r, inside):
-        matched = torch.where(inside, 0, motg.ANSWER)
-        return r._replace(steps=r.steps._replace(matched=matched))
-
-    def cut(*given):  # the random model never closes a thought: end the n-th at step n
-        r = rollout(*given)
-        inside = torch.arange(r.mask.shape[1]) < torch.arange(len(r.mask))[:, None]
-        kept.append(with_thought(r, inside))
-        return kept[-1]
-
-    def odd(problems, texts):
-        return [{"correct": i % 2} for i in range(len(texts))]
-
-    monkeypatch.setattr(motg, "rollout", cut)
-    monkeypatch.setattr(motg, "rewards", odd)
-    found = evidence.windows(model, tokenizer, cfg, motg.test_problems(cfg, tokenizer))
-    W = evidence.WINDOW
-    for window in range(2):
-        inside = torch.arange(11) // W == window
-        for outcome, rows in (("right", range(1, 24, 2)), ("wrong", range(0, 24, 2))):
-            rows, values = [row for row in rows if row >= W * (window + 1)], []
-            for row in rows:
-                one = kept[0].select(torch.tensor([row]))
-                one = with_thought(one, inside[None, : one.mask.shape[1]])
-                values.append(motg.hidden_probe(model, one))
-            assert found[outcome][window][0] == len(rows) > 5
-            assert found[outcome][window][1] == pytest.approx(sum(values) / len(rows), abs=1e-5)
 
 
 # ----------------------------------------------------------------------------------------- plot.py
@@ -169,15 +126,7 @@ def test_the_pages_tables_are_what_the_results_give(page):
     assert set(tables) <= set(re.findall(r"<!-- /(\w+) -->", text))
 
 
-def test_a_comparison_is_paired_by_seed():
-    runs = {
-        "single": {
-            s: {"accuracy_before": 0.2, "accuracy_after": x} for s, x in ((0, 0.5), (1, 0.6))
-        },
-        "mine": {s: {"accuracy_before": 0.3, "accuracy_after": x} for s, x in ((1, 0.8), (2, 0.9))},
-    }
-    rows = plot.comparison(runs, ["single", "absent", "mine"]).splitlines()
-    assert len(rows) == 4 and rows[-1].endswith("| 0.80 | +0.200 |")
+def test_an_interval_of_two_values_by_hand():
     center, half = plot.interval([0.5, 0.6])
     assert (center, half) == (pytest.approx(0.55), pytest.approx(12.71 * 0.05, rel=1e-3))
 
@@ -366,7 +315,7 @@ def test_a_file_is_named_by_its_run_and_every_run_is_a_config(results, controls)
     runs = [run for stage in temperatures.stages() for run in stage]
     assert len({run.path for run in runs}) == len(set(runs)) > 100
     for run in runs:
-        how = (temperatures.METHODS | temperatures.CONTROLS)[run.name]
+        how = temperatures.HOW[run.name] | temperatures.TASKS[run.world]
         motg.make_config(smoke=True, temperature=run.temperature, lr=run.rate, **how)
         names = [name for name, *_ in temperatures.read_outs(run)]
         assert "after, own" in names and len(names) == len(set(names))
@@ -410,6 +359,33 @@ def test_the_next_p_of_a_mixture_and_of_its_tokens_alone_against_whole_passes():
     for name, total in sums.items():
         got = sum(part["steps"] * part.get(name, 0) for part in found)
         assert got == pytest.approx(total, abs=1e-4), name
+
+
+def test_hidden_entropy_in_windows_is_that_of_each_thoughts_own_steps():
+    """Against `hidden_probe` of one thought at a time, cut to the window's steps."""
+    cfg = motg.make_config("dirichlet", chains=12, max_new_tokens=11)
+    model, tokenizer = plain.random_model(plain.FIVE, head=0.1), plain.FIVE
+    r = motg.rollout(model, tokenizer, ["ab", "c"], cfg, plain.seeded(0))
+
+    def with_thought(r, inside):
+        matched = torch.where(inside, 0, motg.ANSWER)
+        kind = torch.full_like(matched, motg.TOKEN)
+        return r._replace(steps=r.steps._replace(matched=matched, kind=kind))
+
+    T = r.mask.shape[1]  # the n-th thought has n steps, whatever the model has made of it
+    r = with_thought(r, torch.arange(T) < torch.arange(len(r.mask))[:, None])
+    found = probes.windows(model, r, torch.arange(24) % 2 == 1)
+    W = probes.WINDOW
+    for window in range(2):
+        inside = torch.arange(T) // W == window
+        for outcome, rows in (("right", range(1, 24, 2)), ("wrong", range(0, 24, 2))):
+            rows, values = [row for row in rows if row >= W * (window + 1)], []
+            for row in rows:
+                one = r.select(torch.tensor([row]))
+                one = with_thought(one, inside[None, : one.mask.shape[1]])
+                values.append(motg.hidden_probe(model, one))
+            assert found[outcome][window][0] == len(rows) > 5
+            assert found[outcome][window][1] == pytest.approx(sum(values) / len(rows), abs=1e-5)
 
 
 @pytest.mark.parametrize("of", ["thoughts", "answers"])
