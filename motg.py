@@ -6,13 +6,11 @@ ends the thought with `</think>`, answers in ordinary tokens, and is trained wit
 
     logits z --softmax(z / T)--> p --k candidates v, weights w--> sum_i w_i E[v_i] --> next input
 
-Read it from top to bottom. Part One is the method, and a student can stop at its end. Part Two is
-the program around it.
+Part One is the method, and a student can stop at its end. Part Two is the program around it.
 
 Letters in shapes: B rows (a row is one chain, one completion of a prompt), G chains a prompt, n
 prompts, P the longest prompt, T new tokens (in formulas T is the temperature), k candidates, V
-vocabulary, d width, N steps picked out of B x T, Q inputs of a pass, S slots that they look at.
-"""
+vocabulary, d width, N steps picked out of B x T, Q inputs of a pass, S slots they look at."""
 
 import os
 
@@ -44,15 +42,15 @@ import reasoning_gym
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor, inf
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-INF = math.inf
+RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
+CACHE = "cache" if RELEASE >= (5, 24) else "past_key_values"  # transformers 5.24 renamed it
+LOGITS_CHUNK = 2**24  # numbers in a chunk of logits (section 6)
 
 
-# ==================================================================================================
 # PART ONE: THE METHOD
 # ---------------------------------------------------------------------------------- 1. settings
 @dataclass
@@ -105,7 +103,6 @@ class Config:
 # -------------------------------------------------------------------------------- 2. a mixture
 # A thinking step is k candidates v and k weights w. The model's next input is the weighted sum of
 # the candidates' embeddings. Say the vocabulary is a, b, c, d and the end tag, and at this step
-#
 #     p         a 0.40   b 0.24   c 0.12   d 0.04   </think> 0.20
 #     p'        a 0.50   b 0.30   c 0.15   d 0.05             p without the tag: see section 4
 #     top 2     a, b     with p^ = p' over the candidates alone = (0.625, 0.375)
@@ -138,11 +135,6 @@ def draw(log_p, generator=None):
     return token[:, 0].clamp(max=log_p.shape[1] - 1)
 
 
-def pick(x, index):
-    """x[..., index]: the entry of x (..., n) at each index (...)."""
-    return x.gather(-1, index[..., None])[..., 0]
-
-
 class Candidates(NamedTuple):
     """A sampling rule. choose(log_p (B, V), first (B,), cfg, generator) returns tokens (B, k) and
     their log p, -inf in empty slots. A rule that draws them takes `first`, a draw from p, as the
@@ -154,14 +146,13 @@ class Candidates(NamedTuple):
 
 class Weights(NamedTuple):
     """An aggregation rule; p^ is p over the candidates alone, log_hat (..., k) its logarithm.
-    weigh(log_hat, cfg, generator) returns log w up to a constant. A rule that draws weights also
-    has logdensity(log_hat, log_w, filled, cfg) -> (...). The token read is drawn from w, or has the
-    largest w (`reads_largest`); reweigh(log_hat, log_p, read, tokens, cfg) may then change w."""
+    weigh(log_hat, log_p, cfg, generator) returns log w up to a constant. A rule that draws weights
+    has logdensity(log_hat, log_w, filled, cfg) -> (...) as well. If the candidates were not drawn,
+    the token read is drawn from w, or it is that of the largest w (`reads_largest`)."""
 
     weigh: Callable = lambda log_hat, *_: log_hat  # w = p^
     logdensity: Callable = None
     reads_largest: bool = False
-    reweigh: Callable = None
 
 
 def top_k(log_p, first, cfg, generator=None):
@@ -170,16 +161,11 @@ def top_k(log_p, first, cfg, generator=None):
     return tokens, log_pv
 
 
-def without(log_p, token):
-    """log p (..., V) without a token (...), renormalised."""
-    return log_p.scatter(-1, token[..., None], -INF).log_softmax(-1)
-
-
 def without_replacement(log_p, first, cfg, generator=None):
     """k different tokens, each drawn from p without the ones before it (as Gumbel top-k does)."""
     drawn, rest = [first], log_p
     while len(drawn) < cfg.k:
-        rest = without(rest, drawn[-1])  # (B, V)
+        rest = rest.scatter(-1, drawn[-1][..., None], -inf).log_softmax(-1)  # (B, V)
         drawn.append(draw(rest, generator))
     tokens = torch.stack(drawn, dim=-1)  # (B, k)
     return tokens, log_p.gather(-1, tokens)
@@ -189,16 +175,15 @@ def plackett_luce(log_p, tokens, cfg):
     """log P of draws without replacement: sum_j log p(v_j) - log(1 - sum_{i<j} p(v_i)). The loop
     renormalises p instead, because that difference loses its digits where p is sharp."""
     score = 0.0
-    for token in tokens.unbind(-1):
-        score = score + pick(log_p, token)
-        log_p = without(log_p, token)
+    for token in tokens.split(1, dim=-1):  # (..., 1)
+        score = score + log_p.gather(-1, token)[..., 0]
+        log_p = log_p.scatter(-1, token, -inf).log_softmax(-1)
     return score
 
 
-def dirichlet(log_hat, cfg, generator=None):
-    """w ~ Dir(c p^), with mean p^: c -> inf gives p^ itself, c -> 0 one token drawn from p^. These
-    are Gamma(a) draws, a = c p^, in logs by Gamma(a) = Gamma(a + 1) U^(1 / a), so that no a is too
-    small; `weigh` normalises them."""
+def dirichlet(log_hat, log_p, cfg, generator=None):
+    """w ~ Dir(c p^), whose mean is p^: c -> inf gives p^, c -> 0 one token drawn from p^. Drawn as
+    Gamma(a), a = c p^, in logs: Gamma(a) = Gamma(a + 1) U^(1 / a), and so no a is too small."""
     a = cfg.concentration * log_hat.exp().clamp(min=1e-5)  # (B, k)
     minus_log_u = torch.empty_like(a).exponential_(generator=generator)
     return torch._standard_gamma(a + 1, generator).log() - minus_log_u / a
@@ -217,10 +202,10 @@ SAMPLING["without-replacement"] = Candidates(without_replacement, plackett_luce)
 AGGREGATION = {"probability": Weights(), "dirichlet": Weights(dirichlet, dirichlet_logdensity)}
 
 
-def weigh(log_hat, cfg, generator=None):
+def weigh(log_hat, log_p, cfg, generator=None):
     """log w (..., k) of candidates with log p^ (..., k); slots without a candidate stay empty."""
-    log_w = AGGREGATION[cfg.aggregation].weigh(log_hat, cfg, generator)
-    return log_w.masked_fill(log_hat == -INF, -INF).log_softmax(-1)
+    log_w = AGGREGATION[cfg.aggregation].weigh(log_hat, log_p, cfg, generator)
+    return log_w.masked_fill(log_hat == -inf, -inf).log_softmax(-1)
 
 
 def sample_mixture(logits, cfg, generator=None, first=None) -> Mixture:
@@ -230,12 +215,12 @@ def sample_mixture(logits, cfg, generator=None, first=None) -> Mixture:
     read = draw(log_p, generator) if first is None else first  # (B,)
     tokens, log_pv = candidates.choose(log_p, read, cfg, generator)  # (B, k) both
     log_hat = log_pv.log_softmax(-1)  # (B, k)
-    log_w = weigh(log_hat, cfg, generator)  # (B, k)
-    if not candidates.logprob:  # log w + Gumbel noise has its maximum at a draw from w
-        noise = -torch.empty_like(log_w).exponential_(generator=generator).log()
-        read = pick(tokens, (log_w if weights.reads_largest else log_w + noise).argmax(-1))
-    if weights.reweigh:
-        log_w = weights.reweigh(log_hat, log_p, read, tokens, cfg)
+    log_w = weigh(log_hat, log_p, cfg, generator)  # (B, k)
+    if not candidates.logprob:
+        rank = log_w
+        if not weights.reads_largest:  # log w + Gumbel noise has its maximum at a draw from w
+            rank = log_w - torch.empty_like(log_w).exponential_(generator=generator).log()
+        read = tokens.gather(-1, rank.argmax(-1, keepdim=True))[:, 0]
     return Mixture(tokens, log_w, read)
 
 
@@ -248,34 +233,29 @@ def mixture_embedding(table, tokens, log_weights):
 # --------------------------------------------------------------- 3. the log-probability of a step
 # GRPO raises the log-probability of steps that led to rewards. For a mixture we first have to say
 # what that is. A step is of one of four kinds, and only what the policy itself drew has a score:
-#
 #     PAD      the row had already ended                                    0
 #     FORCED   a rule put this token in, and nobody drew it                 0
 #     TOKEN    y ~ p was fed, as in the answer or to end the thought        log p(y)
-#     MIXED    y ~ p did not end the thought, so a mixture was fed          see below
+#     MIXED    y ~ p did not end the thought, so a mixture was fed          one of three scores
 #
-# The paper scores tokens: `representative` is log p of the token read, and `weighted` a mean over
-# the candidates, sum_i w_i log p(v_i). `exact` is the log-probability of all that was drawn at this
-# step, so that sum P R grad log P over all trajectories is the policy gradient (where w is computed
-# from p, see section 6 too):
+# If draws without replacement gave a, then b, in the example, and w = p^, the three scores are
+#     representative   log p of the token read  log 0.40                                     = -0.92
+#     weighted         sum_i w_i log p(v_i)     0.625 log 0.40 + 0.375 log 0.24              = -1.11
+#     exact            of all that was drawn    log 0.80 + log 0.50 + log(0.30 / (1 - 0.50)) = -1.43
 #
+# The paper scores tokens, by the first two. With `exact`, sum P R grad log P over all trajectories
+# is the policy gradient (section 6 adds what is missing where w = p^). It is the sum of
 #     log(1 - p_end)    p_end is the chance that y ~ p ends the thought (section 4)
-#     + log P'(v)       if the candidates were drawn; P' is the probability under p'
-#     + log f(w)        if the weights were drawn; f is a density
-#     + log P(y)        if the token read was drawn from w, as far as anything depends on it
-#
-# In the example, suppose that draws without replacement gave a, then b, and that w = p^:
-#
-#     representative   log 0.40                                        = -0.92
-#     weighted         0.625 log 0.40 + 0.375 log 0.24                 = -1.11
-#     exact            log 0.80 + log 0.50 + log(0.30 / (1 - 0.50))    = -1.43
+#     log P'(v)         if the candidates were drawn; P' is the probability under p'
+#     log f(w)          if the weights were drawn; f is a density
+#     log P(y)          if the token read was drawn from w, as far as anything depends on it
 PAD, FORCED, TOKEN, MIXED = range(4)
 
 
 def mixture_logprob(logits, tokens, log_weights, representative, cfg):
     """Log-prob (...) of steps (..., k) under the model that gave `logits` (..., V), where no token
     ends a thought. A step with more than one filled slot is a mixture."""
-    kind = torch.where((log_weights > -INF).sum(-1) > 1, MIXED, TOKEN)  # (...)
+    kind = torch.where((log_weights > -inf).sum(-1) > 1, MIXED, TOKEN)  # (...)
     step = Steps(tokens, log_weights, representative, kind, torch.zeros_like(kind))
     never = tokens.new_zeros(1, logits.shape[-1])
     return step_logprob(logits, step, TagTable(never, never > 0), cfg)
@@ -285,10 +265,10 @@ def step_logprob(logits, step, tag, cfg):
     """Log-prob (...) of recorded Steps under the model that gave `logits` (..., V)."""
     tokens, log_w, read, kind, matched = step[:5]
     log_p = step_distribution(logits, matched, tag, cfg)  # (..., V)
-    log_y = pick(log_p, read)  # (...)
+    log_y = log_p.gather(-1, read[..., None])[..., 0]  # (...)
     if cfg.logprob == "representative":
         return log_y
-    empty = log_w == -INF  # (..., k)
+    empty = log_w == -inf  # (..., k)
     if cfg.logprob == "weighted":
         w = log_w.detach().exp()  # a gradient through w could push a chosen token down
         return (w * log_p.gather(-1, tokens).masked_fill(empty, 0.0)).sum(-1)
@@ -298,13 +278,11 @@ def step_logprob(logits, step, tag, cfg):
     if candidates.logprob:
         score = score + candidates.logprob(log_q, tokens, cfg)
     elif not weights.reads_largest:  # how likely did a draw from w have the same consequences?
-        log_read = log_w if weights.logdensity else weigh(log_hat, cfg)
+        log_read = log_w if weights.logdensity else weigh(log_hat, log_q, cfg)
         leads_to = tag.after[matched[..., None], tokens]  # (..., k) the text's state: section 4
         led_to = tag.after[matched, read]  # (...)
-        if weights.reweigh:  # the weights depend on the token itself
-            leads_to, led_to = tokens, read
         other = leads_to != led_to[..., None]  # (..., k)
-        score = score + log_read.masked_fill(other, -INF).logsumexp(-1)
+        score = score + log_read.masked_fill(other, -inf).logsumexp(-1)
     if weights.logdensity:
         log_hat = log_hat.masked_fill(empty, 0.0)
         log_w = log_w.masked_fill(empty, 0.0)
@@ -316,20 +294,21 @@ def going_on(log_p, step, tag):
     """log(1 - p_end) (...), log p' (..., V), log p^ (..., k); p' is p where a step did not mix."""
     mixed = (step.kind == MIXED)[..., None]  # (..., 1)
     ends = tag.ends[step.matched] & mixed  # (..., V)
-    log_go_on = log_p.masked_fill(ends, -INF).logsumexp(-1)  # (...)
-    log_q = (log_p - log_go_on[..., None]).masked_fill(ends, -INF)  # (..., V)
-    log_qv = log_q.gather(-1, step.tokens).masked_fill(step.log_weights == -INF, -INF)  # (..., k)
-    return log_go_on, log_q, log_qv.log_softmax(-1)
+    rest = log_p.masked_fill(ends, -inf)  # (..., V)
+    log_go_on = rest.logsumexp(-1)  # (...)
+    log_q = rest - log_go_on[..., None]  # (..., V)
+    empty = step.log_weights == -inf  # (..., k)
+    log_hat = log_q.gather(-1, step.tokens).masked_fill(empty, -inf).log_softmax(-1)  # (..., k)
+    return log_go_on, log_q, log_hat
 
 
 # ----------------------------------------------------------------------- 4. the end of a thought
-# A thinking step first draws an ordinary token y from p. If its text completes `</think>`, or if it
-# is an EOS, the thought ends with it, as in any language model. If not, the step mixes from p',
-# which is p without the tokens that would have ended it: no model has seen an input that is a
-# quarter `</think>`. (The published codes mix first, and look afterwards whether the token read is
-# the tag.) The tag is looked for in the text, not among the ids: for Qwen2.5 it is three tokens, of
-# which the last may hold what follows too. The state of a text, called `matched`, is how many
-# characters of the tag it ends with, 0 to 7, or one of these:
+# A thinking step first draws an ordinary token y from p. If y is an EOS, or its text completes
+# `</think>`, the thought ends with it, as in any language model. If not, the step mixes from p',
+# which is p without the ending tokens: no model has seen an input that is a quarter `</think>`. The
+# tag is looked for in the text, not among the ids: for Qwen2.5 it is three tokens, and the last one
+# may hold what follows too. So the state of a text, called `matched`, is how many characters of the
+# tag it ends with, 0 to 7, or one of these:
 TAG = "</think>"
 ANSWER = len(TAG)  # the tag is complete
 ENDED = ANSWER + 1  # an EOS was read
@@ -376,13 +355,12 @@ def step_distribution(logits, matched, tag, cfg):
     if cfg.answer_temperature:
         T = torch.where(matched < ANSWER, T, cfg.answer_temperature)[..., None]
     if cfg.end == "most-likely":  # no draw may end the thought: p is p'
-        logits = logits.masked_fill(tag.ends[matched], -INF)
+        logits = logits.masked_fill(tag.ends[matched], -inf)
     return token_distribution(logits, T)
 
 
-# That rule is `drawn`. With `most-likely`, a thought ends where the arg-max of p ends it, nowhere
-# else. A rule gets section 5's Decoder, and returns the rows (B,) in which it puts a token in, and
-# the tokens (B,). docs/tools/field.py has rules by entropy and by the number of steps.
+# That rule is `drawn`; with `most-likely`, a thought ends where the arg-max of p would end it. Each
+# gets section 5's Decoder, and returns in which rows (B,) it puts a token in, and the tokens (B,).
 END = {
     "drawn": lambda d: (d.matched < 0, d.matched),  # it puts nothing in
     "most-likely": lambda d: (d.tag.ends[d.matched, d.logits.argmax(-1)], d.logits.argmax(-1)),
@@ -391,20 +369,18 @@ END = {
 
 # ---------------------------------------------------------------------------------- 5. rollouts
 # For one chain, and without a cache, a rollout would be
-#
 #     inputs = E[prompt]
 #     while the row has not ended:
 #         z = model(inputs)[-1]
 #         y = a draw from softmax(z / T)
+#         v, w = y, 1
 #         if the row thinks and y does not end its thought:
 #             v, w = sample_mixture(z without the ending tokens)
-#             inputs = inputs + [sum_i w_i E[v_i]]
-#         else:
-#             inputs = inputs + [E[y]]
+#         inputs = inputs + [sum_i w_i E[v_i]]
 #
-# This section does that for all chains at once. Prompts are padded on the left, so that step t of
-# every row sits in slot P + t of the cache. A prompt is read once and copied to its G chains. A
-# step works in place and never asks the GPU for a value, so that CUDA can replay it as one graph.
+# This section does so for all chains at once. Prompts are padded on the left, so step t of each row
+# sits in slot P + t of the cache. A prompt is read once and copied to its G chains. A step works in
+# place and never asks the GPU for a value, so that CUDA can replay it as one graph.
 class Steps(NamedTuple):
     """Recorded steps: ids and weights, and each model looks embeddings up in its own table."""
 
@@ -446,13 +422,6 @@ class Rollout(NamedTuple):
         return Rollout(Steps(*(x[rows, :T] for x in self.steps)), *prompts, self.tag)
 
 
-# transformers 5.24 renamed an argument. cuDNN's attention is left out: it makes a plan for each new
-# shape, and its gradient under a mask is said to be NaN at some lengths (pytorch#196678).
-RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
-CACHE = "cache" if RELEASE >= (5, 24) else "past_key_values"
-ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
 def forward(model, inputs, mask, cache, position=None):
     """The last layer's states (B, Q, d) of ids (B, Q) or embeddings (B, Q, d) behind a cache. A
     mask (B, S) covers both, and positions count what it shows; or a bias, with `position` given."""
@@ -461,8 +430,7 @@ def forward(model, inputs, mask, cache, position=None):
     if position is None:
         position = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]  # (B, Q)
     how = {"attention_mask": mask, "position_ids": position, CACHE: cache, "use_cache": True}
-    with sdpa_kernel(ATTENTION):
-        return model.base_model(inputs_embeds=inputs, **how).last_hidden_state
+    return model.base_model(inputs_embeds=inputs, **how).last_hidden_state
 
 
 class Decoder:
@@ -514,9 +482,9 @@ class Decoder:
         forced, token = END[cfg.end](self)
         y = torch.where(forced, token, draw(log_p, self.generator))  # (B,)
         mixes = (matched < ANSWER) & ~forced & ~tag.ends[matched, y]  # (B,)
-        mixes &= (entropy >= cfg.mix_entropy) & (self.t < (cfg.mix_steps or INF))
+        mixes &= (entropy >= cfg.mix_entropy) & (self.t < (cfg.mix_steps or inf))
         mixes &= cfg.k > 1 or not SAMPLING[cfg.sampling].logprob  # one draw is an ordinary token
-        rest = z.masked_fill(tag.ends[matched], -INF)  # (B, V) the logits of p'
+        rest = z.masked_fill(tag.ends[matched], -inf)  # (B, V) the logits of p'
         m = sample_mixture(rest, cfg, self.generator, first=y)
         tokens = torch.where(mixes[:, None], m.tokens, y[:, None])  # (B, k)
         log_w = torch.where(mixes[:, None], m.log_weights, self.one_hot)
@@ -588,11 +556,8 @@ def rollout(model, tokenizer, prompts, cfg, generator=None) -> Rollout:
 
 # ------------------------------------------------------------- 6. log-probabilities in parallel
 # While sampling, a step waits for the one before it. Afterwards all inputs are known, and one pass
-# over them gives every step's logits, with gradient. All of them at once, (B, T, V) in float32,
-# would fill the memory. So they are made in chunks, and once more in the backward pass.
-LOGITS_CHUNK = 2**24  # numbers in a chunk
-
-
+# gives every step's logits, with gradient. All at once, (B, T, V) in float32, they would fill the
+# memory, so they are made in chunks, and once more in the backward pass.
 def completion_hidden(model, r, log_weights):
     """The last layer's hidden states (B, T, d), from which the head predicts each step."""
     _, chains = torch.unique_consecutive(r.prompt, return_counts=True)  # (n,) rows a prompt
@@ -612,10 +577,9 @@ def completion_hidden(model, r, log_weights):
 
 
 # If the weights are computed from p, the parameters act by a second path too: theta -> w_1 -> the
-# input of step 2 -> p_2. Recorded weights, taken as data, miss it. So pass 0 runs over the recorded
-# inputs and gives each step's weights as functions of theta, equal in value to the record. Pass 1
-# runs over inputs built from these, so its gradient goes through one w; that of pass n through n in
-# a row. T steps need T - 1 passes to be exact.
+# input of step 2 -> p_2. Recorded weights miss it. So pass 0 computes the weights from the recorded
+# inputs, equal in value to the record, but with a gradient. The inputs of pass 1 are built from
+# these: its gradient goes through one w, that of pass n through n in a row. T steps need T - 1.
 def weights_of_p(logits, step, tag, cfg):
     """log w (N, k) of recorded Steps: the value is the record's, the gradient that of w(p)."""
     weights = AGGREGATION[cfg.aggregation]
@@ -623,23 +587,22 @@ def weights_of_p(logits, step, tag, cfg):
         return step.log_weights
     log_p = step_distribution(logits, step.matched, tag, cfg)
     _, log_q, log_hat = going_on(log_p, step, tag)  # (N, V), (N, k)
-    of_p = weigh(log_hat, cfg)
-    if weights.reweigh:
-        of_p = weights.reweigh(log_hat, log_q, step.representative, step.tokens, cfg)
-    of_p = of_p.masked_fill(step.log_weights == -INF, 0.0)
+    of_p = weigh(log_hat, log_q, cfg)
+    of_p = of_p.masked_fill(step.log_weights == -inf, 0.0)
     return step.log_weights + of_p - of_p.detach()
 
 
-def rollout_logprobs(model, rollout, cfg, micro_batch=None):
+def rollout_logprobs(model, r, cfg, micro_batch=None):
     """Log-probs (B, T) of sampled steps, with gradient, `micro_batch` rows at a time; else 0."""
     check_model(model)
-    r = rollout
     sampled = r.sampled
     head = model.get_output_embeddings()
     if micro_batch:
-        rows = torch.arange(len(sampled), device=sampled.device).split(micro_batch)
-        parts = [rollout_logprobs(model, r.select(i), cfg) for i in rows]
-        return torch.cat([F.pad(p, (0, sampled.shape[1] - p.shape[1])) for p in parts])
+        found = torch.zeros_like(r.logprob)
+        for rows in torch.arange(len(found), device=found.device).split(micro_batch):
+            part = rollout_logprobs(model, r.select(rows), cfg)
+            found[rows, : part.shape[1]] = part
+        return found
     steps = Steps(*(x[sampled] for x in r.steps))  # (N, k) or (N,)
 
     def in_chunks(function, log_weights):
@@ -667,9 +630,8 @@ def rollout_logprobs(model, rollout, cfg, micro_batch=None):
 
 
 # --------------------------------------------------------------------------------------- 7. GRPO
-# The G chains of a prompt are compared with each other. A chain's advantage is how much better it
-# did than its group: rewards (2.5, 0.5, 0.5, 0.5) have mean 1.0 and standard deviation 1.0, so the
-# advantages are (1.5, -0.5, -0.5, -0.5).
+# A chain's advantage is how much better it did than the G chains of its prompt: rewards (2.5, 0.5,
+# 0.5, 0.5) have mean 1.0 and standard deviation 1.0, so the advantages are (1.5, -0.5, -0.5, -0.5).
 def group_advantages(rewards):
     """A = (r - mean) / (std + 1e-4) within each group: (n, G) -> (n, G)."""
     mean = rewards.mean(-1, keepdim=True)
@@ -679,13 +641,10 @@ def group_advantages(rewards):
 
 def grpo_loss(logprob, old_logprob, ref_logprob, advantages, mask, cfg, chains=None, tokens=None):
     """PPO's clipped objective on advantages A (B,), plus a KL penalty; other tensors are (B, T).
-
         ratio = pi / pi_old      k3 = pi_ref / pi - log(pi_ref / pi) - 1, unbiased and >= 0
         loss  = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) + beta k3
-
     `chains` and `tokens` count the whole batch, of which this may be a part. Returns the loss and a
-    dict of means. With one update a batch the ratio is 1 and nothing is clipped.
-    """
+    dict of means. With one update a batch the ratio is 1, and nothing is clipped."""
     if cfg.loss_average == "token":  # the mean of all sampled steps
         weight = mask / (tokens or mask.sum().clamp(min=1))  # (B, T)
     else:  # the mean of a chain's steps, and then of the chains
@@ -722,11 +681,11 @@ def collect(sampler, tokenizer, cfg, steps, generator):
     batch = [train_problem(cfg, tokenizer, n) for n in numbers]
     r, parts = attempt(sampler, tokenizer, batch, cfg, generator)
     reward = r.logprob.new_tensor([part["reward"] for part in parts]).view(-1, cfg.chains)  # (n, G)
+    means = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
     equal = (reward == reward[:, :1]).all(1)  # (n,) nothing to compare, so no gradient
-    log = {"step": steps.start, "no_gradient": equal.float().mean().item()}
-    log |= {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
-    log |= step_probes(r)
-    log |= {name: counts[name] for name in ("too_long", "refused", "raised", "died")}
+    means["no_gradient"] = equal.float().mean().item()
+    bad = {name: counts[name] for name in ("too_long", "refused", "raised", "died")}
+    log = {"step": steps.start, **means, **step_probes(r), **bad}
     return r, group_advantages(reward).flatten(), parts, log
 
 
@@ -783,9 +742,8 @@ def train(cfg):
         if saves or step == 0:  # writes down the first prompt's chains
             for row in range(cfg.chains):
                 prompt = tokenizer.decode(r.prompt_ids[row][r.prompt_mask[row]])
-                sample = {"step": step, "prompt": prompt, **parts[row]}
-                sample["trajectory"] = readable(r, row, tokenizer)
-                run["samples"] += json.dumps(sample) + "\n"
+                sample = {"step": step, "prompt": prompt, "trajectory": readable(r, row, tokenizer)}
+                run["samples"] += json.dumps(sample | parts[row]) + "\n"
         run["metrics"] += json.dumps(log) + "\n"
         for name in ("metrics", "samples"):
             write(cfg, f"{name}.jsonl", run[name])
@@ -801,19 +759,14 @@ def train(cfg):
     print(f"next: python motg.py eval --model {cfg.out}; python docs/tools/run_page.py {cfg.out}")
 
 
-# ==================================================================================================
 # PART TWO: WHAT SURROUNDS IT
 # -------------------------------------------------------------------- 9. methods and settings
-def preset(sampling, aggregation, **more):
-    """The settings of a method."""
-    return {"sampling": sampling, "aggregation": aggregation, **more}
-
-
+DRAWS = {"sampling": "without-replacement", "aggregation": "probability"}
 METHODS = {
-    "single": preset("without-replacement", "probability", k=1),
-    "dirichlet": preset("top-k", "dirichlet"),
-    "different-tokens": preset("without-replacement", "probability", logprob="weighted"),
-    "soft-thinking": preset("top-k", "probability"),
+    "single": DRAWS | {"k": 1},
+    "dirichlet": {"sampling": "top-k", "aggregation": "dirichlet"},
+    "different-tokens": DRAWS | {"logprob": "weighted"},
+    "soft-thinking": {"sampling": "top-k", "aggregation": "probability"},
 }
 CHOICES = {"method": METHODS, "sampling": SAMPLING, "aggregation": AGGREGATION, "end": END}
 CHOICES["task"] = reasoning_gym.factory.DATASETS
@@ -864,7 +817,7 @@ def make_config(method="dirichlet", **overrides) -> Config:
 # ------------------------------------------------------------------------- 10. tasks and rewards
 # Reasoning-Gym makes item i from seed + i, so a split by seed would leak: the question's hash
 # decides, and one in ten is for tests. Streams of items lie 10^9 seeds apart: 0 for tests, 1 for
-# docs/tools/warm_start.py, 2 + seed for a run.
+# the warm start, 2 + seed for a run.
 SYSTEM = "Think inside <think> and </think>, then give the answer inside <answer> and </answer>."
 FORMAT = r"((?!</think>|<answer>).)*</think>\s*<answer>((?!</?answer>).)*</answer>\s*"
 counts = Counter()  # since a step began: "too_long" prompts; answers "refused", "raised", "died"
@@ -933,9 +886,9 @@ def extract_answer(text):
 
 def rewards(problems, texts):
     """For each problem and text, the paper's reward and its parts; `correct`: the score is 1."""
-    found = []
-    for (task, entry, _), text in zip(problems, texts, strict=True):
-        points = score(task, extract_answer(text), entry)
+    pairs, found = zip(problems, texts, strict=True), []
+    items = [(task, extract_answer(text), entry) for (task, entry, _), text in pairs]
+    for points, text in zip(scores(items), texts):
         form = float(re.fullmatch(FORMAT, text, re.DOTALL) is not None)
         reward = 2 * points + 0.5 * form + 0.5 * (200 <= len(text.split()) <= 400)
         parts = {"score": points, "format": form, "correct": float(points == 1)}
@@ -945,8 +898,8 @@ def rewards(problems, texts):
 
 # -------------------------------------------------------------------------- 11. contained scoring
 # Nine scorers execute the model's text (by eval or by sympy's parse_expr, which calls eval), two
-# count nan as right, others hang or die. So those eleven see only plain arithmetic and lists, and
-# every scorer runs in a child process, which the kernel ends when it takes too long.
+# count nan as right, others hang, die, or give more than 1. Those eleven see only plain arithmetic
+# and lists, and all run in a forked child, which the kernel ends when an answer takes too long.
 EVALS = """countdown puzzle24 polynomial_multiplication simple_integration string_insertion n_queens
 intermediate_integration binary_matrix spiral_matrix number_sorting complex_arithmetic"""
 NAME = r"[A-Za-z]_?\d?|pi|sqrt|exp|log|ln|[aA]bs|Rational|a?(sin|cos|tan)h?|cot|sec|csc"
@@ -956,66 +909,63 @@ HUGE = rf"\*\*(?!{SMALL})|(\d{{3}}|[^\d\s])\s*!"  # 9**9**9, 999!, 9!!
 SECONDS = 2.0  # for an answer
 
 
-def harmless(task, answer, entry):
-    """May this scorer see this answer? '2*x**2 + C' yes, '().__class__' and 'exit()' no."""
+def harmless(answer, entry):
+    """May the scorer see this answer? '2*x**2 + C' yes, '().__class__' and 'exit()' no."""
     right = (str(entry["answer"]).strip(), *entry["metadata"].get("valid_answers", ()))
     plain = re.fullmatch(PLAIN, answer, re.ASCII) and not re.search(HUGE, answer)
     short = len(answer) <= max(4096, 4 * len(right[0]))
-    return answer.strip() in right or short and (plain or task not in EVALS.split())
+    evaluates = entry["metadata"].get("source_dataset") in EVALS.split()
+    return answer.strip() in right or short and (plain or not evaluates)
 
 
-def score_forever(pipe, parents):
-    """The child: for each (task, answer, entry) it sends a score, "refused" or "raised"."""
-    parents.close()  # so that recv ends with the parent
+def score_each(items, pipe, parents):
+    """The child: for each (data set, answer, entry) it sends a score, "refused" or "raised"."""
+    parents.close()  # so that sending fails once the parent has gone
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process
     sys.stdout = sys.stderr = None
     with suppress(ValueError, OSError):  # where this is refused, the time limit still holds
         used = re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1]
         resource.setrlimit(resource.RLIMIT_DATA, (2**32 + 1024 * int(used),) * 2)
-    while True:
-        (task, answer, entry), verdict = pipe.recv(), "raised"
-        with suppress(BaseException):  # SystemExit too
-            data = dataset(task, 0, entry["metadata"].get("task_settings", "{}"))
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
-            ok = harmless(task, answer, entry)
+    for data, answer, entry in items:
+        verdict = 0.0 if answer is None else "raised"
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        with suppress(BaseException):  # SystemExit too, and what None raises
+            ok = harmless(answer, entry)
             verdict = float(data.score_answer(answer, entry)) if ok else "refused"
         signal.setitimer(signal.ITIMER_REAL, 0)
         pipe.send(verdict)
 
 
-@lru_cache(maxsize=1)
-def scorer():
-    """(process, pipe) of a child, forked, that has scored a sum right. It never touches CUDA."""
-    ours, theirs = multiprocessing.Pipe()
-    fork = multiprocessing.get_context("fork")
-    process = fork.Process(target=score_forever, args=(theirs, ours), daemon=True)
+def scores(items):
+    """The tasks' own scores in [0, 1] of (task, answer, entry) items, each within about 2 s; 0 for
+    None and for what cannot be scored. Where an answer ends the child, a new child goes on."""
     entry = dataset("chain_sum", 0)[0]
-    with refusing("scoring does not work on this machine"):
-        process.start()
+    jobs, verdicts = [(dataset("chain_sum", 0), entry["answer"], entry)], []  # a known one first
+    for task, answer, entry in items:
+        data = dataset(task, 0, entry["metadata"].get("task_settings", "{}"))
+        jobs.append((data, answer, entry))
+    fork = multiprocessing.get_context("fork")
+    while len(verdicts) < len(jobs):
+        left = jobs[len(verdicts) :]
+        ours, theirs = fork.Pipe(duplex=False)
+        fork.Process(target=score_each, args=(left, theirs, ours), daemon=True).start()
         theirs.close()
-        ours.send(("chain_sum", entry["answer"], entry))
-        require(ours.recv() == 1, "a right answer was not right")
-    return process, ours
+        with suppress(EOFError):
+            for _ in left:
+                verdicts.append(ours.recv())
+        if len(verdicts) < len(jobs):
+            verdicts.append("died")
+        require(
+            verdicts[0] == 1, "scoring does not work on this machine: a right sum was not right"
+        )
+    counts.update(verdict for verdict in verdicts if isinstance(verdict, str))
+    return [x if isinstance(x, float) and 0 <= x <= 1 else 0.0 for x in verdicts[1:]]
 
 
 def score(task, answer, entry) -> float:
-    """The task's own score in [0, 1], within about 2 s; 0 for an answer that cannot be scored."""
-    if answer is None:
-        return 0.0
-    pipe, verdict = scorer()[1], "died"
-    task = entry["metadata"]["source_dataset"] if task == "composite" else task
-    try:
-        with suppress(EOFError, OSError):  # the kernel has ended the child
-            pipe.send((task, answer, entry))
-            verdict = pipe.recv()
-    finally:
-        if verdict == "died":  # or interrupted: a late verdict must not go to the next answer
-            scorer.cache_clear()
-    if isinstance(verdict, str):
-        counts[verdict] += 1
-        return 0.0
-    return verdict if 0 <= verdict <= 1 else 0.0  # spell_backward's can be just above 1
+    """The score of one answer."""
+    return scores([(task, answer, entry)])[0]
 
 
 # ------------------------------------------------------------------------------------ 12. models
@@ -1029,6 +979,7 @@ def check_model(model):
     """Raises UserError unless the model is head(layers(embeddings)) with full causal attention."""
     if hasattr(model, "motg_checked"):
         return
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for each shape
     config, head = model.config, model.get_output_embeddings()
     other = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
     full = not (other or getattr(config, "sliding_window", None))
@@ -1119,7 +1070,7 @@ def begin(cfg):
     path = Path(cfg.out, "trainer.pt")
     free = cfg.resume or not path.with_name("config.json").exists()
     require(free, f"out = {cfg.out!r} has a run; allowed: --resume, or another folder")
-    scorer()
+    scores([])  # raises where scoring does not work
     policy, tokenizer = load_model(cfg)
     reference = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_beta else None
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, (0.9, 0.99), 1e-8, 0.1, fused=True)
@@ -1194,8 +1145,7 @@ def read_out(cfg):
     model.to(compute_dtype(model, cfg))
     tests, generator = test_problems(cfg, tokenizer), torch.Generator(model.device)
     found = evaluate(model, tokenizer, cfg, generator, tests, probes=True)
-    for name, value in found.items():
-        print(f"{name:16} {value:.4g}")
+    print(*(f"{name:16} {value:.4g}" for name, value in found.items()), sep="\n")
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     with Path(cfg.out, "eval.jsonl").open("a") as file:
         file.write(json.dumps(vars(cfg) | found) + "\n")
@@ -1230,9 +1180,8 @@ def main(argv=None) -> int:
     parser.add_argument("command", choices=("train", "eval"))
     for name, kind, default in ((f.name, f.type, f.default) for f in fields(Config)):
         flags = sorted({f"--{name}", f"--{name.replace('_', '-')}"})
-        how = {"type": kind if kind in (int, float) else str}
-        how = {"action": "store_true"} if kind is bool else how
-        parser.add_argument(*flags, **how, help=f"{comments[name]} [{default}]")
+        how = {bool: {"action": "store_true"}, int: {"type": int}, float: {"type": float}}
+        parser.add_argument(*flags, **how.get(kind, {}), help=f"{comments[name]} [{default}]")
     try:
         given = vars(parser.parse_args(argv))
         command = given.pop("command")

@@ -23,7 +23,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from field import motg  # with the rules of other papers, which pass the same tests
 
-DRAWN = ("without-replacement", "with-replacement")
+DRAWN = ("without-replacement", "with-replacement", "drawn-and-top-k")
 THINK = "</think>"
 STOPS = ("<eos>", "<end>")  # what ends a row
 INF = math.inf
@@ -168,9 +168,13 @@ def assert_law(outcomes, law):
     assert chi2 <= len(cells) + 2 * math.sqrt(20 * len(cells)) + 40
 
 
-def law_of(p, k, replace):
-    """{ordered candidates: probability} of k draws from p; without replacement, Plackett-Luce."""
-    can = [v for v in range(len(p)) if p[v] > 0]
+def law_of(p, k, sampling):
+    """{ordered candidates: probability} of k draws from p; without replacement, Plackett-Luce. Of
+    `drawn-and-top-k`: of one draw, which the likeliest others follow."""
+    can, replace = [v for v in range(len(p)) if p[v] > 0], sampling == "with-replacement"
+    if sampling == "drawn-and-top-k":
+        falling = sorted(can, key=lambda v: -p[v])
+        return {(v, *[u for u in falling if u != v][: k - 1]): p[v] for v in can}
     orders = list(product(can, repeat=k) if replace else permutations(can, k))
     q = p[torch.tensor(orders)]  # (N, k)
     struck = 0.0 if replace else q.cumsum(1) - q
@@ -183,16 +187,15 @@ def entropy(p):
     return -(p * p.log()).sum()
 
 
-def weights_by_formula(p, tokens, y, cfg):
-    """Weights (N, k) of tokens (N, k), when those read are y (N, 1)."""
+def weights_by_formula(p, tokens, cfg):
+    """Weights (N, k) of tokens (N, k)."""
     hat = p[tokens] / p[tokens].sum(1, keepdim=True)
     if cfg.aggregation == "uniform":
         return torch.full_like(hat, 1 / hat.shape[1])
     if cfg.aggregation == "posterior":
         H = entropy(p) / math.log(len(p))
-        read = tokens == y
-        read = read & (read.cumsum(1) == 1)  # the first slot that holds it
-        return (H * hat + (cfg.moi_beta + 1 - H) * read) / (cfg.moi_beta + 1)
+        first = torch.arange(hat.shape[1]) == 0
+        return (H * hat + (cfg.moi_beta + 1 - H) * first) / (cfg.moi_beta + 1)
     return hat
 
 
@@ -240,20 +243,16 @@ def outcomes(p, cfg, t, text, words):
         return found + [(p[v], (v,), one, v, motg.TOKEN) for v in goes_on]
     mixed = {}  # (tokens, token read): probability
     if cfg.sampling in DRAWN:
-        for v, chance in law_of(q, cfg.k, cfg.sampling == "with-replacement").items():
+        for v, chance in law_of(q, cfg.k, cfg.sampling).items():
             mixed[v, v[0]] = chance
     else:
         tokens = likeliest(q, cfg)
-        hat = q / q[[*tokens]].sum()
-        hat = torch.full_like(q, 1 / len(tokens)) if cfg.aggregation == "uniform" else hat
         first = {}  # where nothing depends on which one is read, they are one outcome
-        for v in tokens:
-            future = v if cfg.aggregation == "posterior" else overlap(text + words[v])
-            read = first.setdefault(future, v)
-            mixed[tokens, read] = mixed.get((tokens, read), 0) + hat[v]
+        for v, w in zip(tokens, weights_by_formula(q, torch.tensor([tokens]), cfg)[0]):
+            read = first.setdefault(overlap(text + words[v]), v)
+            mixed[tokens, read] = mixed.get((tokens, read), 0) + w
     rows = torch.tensor([tokens for tokens, _ in mixed])  # (N, k)
-    read = torch.tensor([[y] for _, y in mixed])  # (N, 1)
-    weights = weights_by_formula(q, rows, read, cfg)
+    weights = weights_by_formula(q, rows, cfg)
     for ((tokens, y), chance), w in zip(mixed.items(), weights):
         found.append((on * chance, tokens, w, y, motg.MIXED))
     return found
@@ -323,8 +322,6 @@ def what_happened(r, cfg):
     filled = (r.log_weights > -INF) & r.mask[..., None]
     keys = r.tokens.masked_fill(~filled, -1)  # (B, T, k)
     after = r.tag.after[r.matched, r.representative]  # (B, T)
-    if cfg.aggregation == "posterior":  # the token read has made the weights
-        after = r.representative
     keys = torch.cat([keys, after.masked_fill(~r.mask, -1)[..., None]], -1)
     return [tuple(key) for key in keys.flatten(1).tolist()]
 
@@ -347,15 +344,17 @@ def score_by_hand(log_p, tokens, log_w, read, text, words, cfg):
     score = log_p[on].logsumexp(0)  # log(1 - p_end)
     log_q = log_p[tokens] - score  # log p' of the candidates
     log_hat = log_q.log_softmax(0)
-    if cfg.sampling in DRAWN:
+    if cfg.sampling == "drawn-and-top-k":
+        score = score + log_q[0]
+    elif cfg.sampling in DRAWN:
         struck = 0.0 if cfg.sampling == "with-replacement" else log_q.exp().cumsum(0) - log_q.exp()
         score = score + log_q.sum() - torch.log1p(-torch.as_tensor(struck)).sum()
     elif cfg.aggregation != "gumbel":  # what depends on which candidate is read?
-        share = {"dirichlet": log_w, "uniform": 0 * log_hat}.get(cfg.aggregation, log_hat)
-        future = [v if cfg.aggregation == "posterior" else overlap(text + words[v]) for v in tokens]
-        of_read = read if cfg.aggregation == "posterior" else overlap(text + words[read])
-        alike = torch.tensor([x == of_read for x in future])
-        score = score + share.log_softmax(0)[alike].logsumexp(0)
+        q = torch.zeros_like(log_p).index_put((torch.tensor(on),), (log_p[on] - score).exp())
+        w = weights_by_formula(q, tokens[None], cfg)[0]
+        w = log_w.exp() if cfg.aggregation == "dirichlet" else w
+        alike = [overlap(text + words[v]) == overlap(text + words[read]) for v in tokens]
+        score = score + w[alike].sum().log()
     n, tau = len(tokens), cfg.gumbel_tau
     if cfg.aggregation == "dirichlet":
         a = cfg.concentration * log_hat.exp().clamp(min=1e-5)

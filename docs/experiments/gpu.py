@@ -21,6 +21,7 @@ import argparse
 import copy
 import gc
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -114,9 +115,9 @@ BACKENDS = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION],
     "efficient": [SDPBackend.EFFICIENT_ATTENTION],
     "math": [SDPBackend.MATH],
-    "motg's": motg.ATTENTION,
-    "any": [*motg.ATTENTION, SDPBackend.CUDNN_ATTENTION],  # as torch likes
 }
+BACKENDS["motg's"] = [SDPBackend.FLASH_ATTENTION, *BACKENDS["efficient"], *BACKENDS["math"]]
+BACKENDS["any"] = [*BACKENDS["motg's"], *BACKENDS["cudnn"]]  # as torch likes
 LENGTHS = [*range(1, 18), 31, 32, 33, 48, 63, 64, 65, 128, 256, 512, 1024, *range(100, 1101, 25)]
 
 
@@ -163,7 +164,7 @@ def gradients(a, name, grouped, P):
         errors = [(x - y).norm() / y.norm().clamp(min=1) for x, y in zip(found, exact)]
         error = torch.stack(errors).max().item()  # NaN if one of them is
         if not error <= 0.03:
-            row["wrong" if error < motg.INF else "nan"].append(T)
+            row["wrong" if error < math.inf else "nan"].append(T)
     return row | {"new_shape_ms": median(added)}
 
 

@@ -37,7 +37,7 @@ def test_no_answer_runs_code_or_hangs(here):
     hostile += ["".join(text * n for text, n in parts) for parts in ANSWERS["long"]]
     tasks = EVALUATING + ANSWERS["other tasks"]
     assert len(set(hostile)) == 182 and len(set(tasks)) == 22
-    with tests.new_child(tests.impatient):
+    with tests.children(tests.impatient):
         _, entry, right = tests.entry_of("chain_sum")
         assert motg.score("chain_sum", right, tests.Misdeed(entry | {"code": OPENS})) == 1.0
         (here / "C").unlink()  # so a child that runs an answer leaves a file here
@@ -51,7 +51,6 @@ def test_no_answer_runs_code_or_hangs(here):
                 assert time.perf_counter() - began < 4, (task, answer[:80])
             assert motg.score(task, right, entry) == 1.0 and not list(here.iterdir()), task
     assert motg.counts["died"] <= 60  # nearly all are refused before
-    tests.new_child()
 
 
 def test_the_evaluating_tasks_are_these_and_their_scorers_run_what_they_read(here):

@@ -9,7 +9,7 @@ the example for a rule of your own.
 
     method             paper                                      candidates, weights
     multiplex          Multiplex Thinking                         draws with replacement, p^
-    mixture-of-inputs  Mixture of Inputs                          top-k, posterior
+    mixture-of-inputs  Mixture of Inputs                          a draw and top-k, posterior
     soft-grpo          SofT-GRPO                                  top-k, gumbel
     lepo               LEPO (mixes in the first 32 steps)         top-k, gumbel
     cot2               Continuous Chain of Thought (2505.23648)   draws with replacement, their mean
@@ -28,10 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import inf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import motg
-from motg import ANSWER, FORCED, INF, Candidates, Weights, preset, top_k
+from motg import ANSWER, FORCED, Candidates, Weights, top_k
 
 
 @dataclass
@@ -53,13 +54,13 @@ def nucleus(log_p, first, cfg, generator=None):
     tokens, log_pv = top_k(log_p, first, cfg)
     p = log_pv.exp()
     before = p.cumsum(-1) - p  # a token stays while the mass before it is below top_p
-    return tokens, log_pv.masked_fill(before >= cfg.top_p, -INF)
+    return tokens, log_pv.masked_fill(before >= cfg.top_p, -inf)
 
 
 def min_p(log_p, first, cfg, generator=None):
     """The tokens with p of at least min_p times the largest p, at most k of them."""
     tokens, log_pv = top_k(log_p, first, cfg)
-    return tokens, log_pv.masked_fill(log_pv < log_pv[:, :1] + math.log(cfg.min_p), -INF)
+    return tokens, log_pv.masked_fill(log_pv < log_pv[:, :1] + math.log(cfg.min_p), -inf)
 
 
 def threshold(log_p, first, cfg, generator=None):
@@ -67,7 +68,7 @@ def threshold(log_p, first, cfg, generator=None):
     tokens, log_pv = top_k(log_p, first, cfg)
     kept = log_pv >= math.log(1e-3)
     kept[:, 0] = True  # the likeliest token, however flat p is
-    return tokens, log_pv.masked_fill(~kept, -INF)
+    return tokens, log_pv.masked_fill(~kept, -inf)
 
 
 def with_replacement(log_p, first, cfg, generator=None):
@@ -81,19 +82,30 @@ def independent(log_p, tokens, cfg):
     return log_p.gather(-1, tokens).sum(-1)
 
 
+def drawn_and_top_k(log_p, first, cfg, generator=None):
+    """A draw from p, and the k - 1 likeliest of the other tokens."""
+    others = log_p.scatter(-1, first[:, None], -inf).topk(cfg.k - 1)
+    tokens = torch.cat([first[:, None], others.indices], dim=-1)  # (B, k)
+    return tokens, log_p.gather(-1, tokens)
+
+
+def of_the_first(log_p, tokens, cfg):
+    """log P of the one token that was drawn."""
+    return log_p.gather(-1, tokens[..., :1])[..., 0]
+
+
 # ---------------------------------------------------------------------------------------- weights
-def posterior(log_hat, log_p, read, tokens, cfg):
-    """Mixture of Inputs: w = (H p^ + (beta + 1 - H) onehot(read)) / (beta + 1), where H is the
-    entropy of p divided by log V, in [0, 1]."""
+def posterior(log_hat, log_p, cfg, generator=None):
+    """Mixture of Inputs: w = (H p^ + (beta + 1 - H) onehot) / (beta + 1), one-hot at the candidate
+    that was drawn, the first. H is the entropy of p divided by log V, in [0, 1]."""
     H = -(log_p.exp() * log_p.clamp(min=-99)).sum(-1, keepdim=True)  # (..., 1)
     H = H / math.log(max(2, log_p.shape[-1]))
-    slots = tokens == read[..., None]
-    one_hot = slots & (slots.cumsum(-1) == 1)  # the first slot that holds the token read
-    w = (H * log_hat.exp() + (cfg.moi_beta + 1 - H) * one_hot) / (cfg.moi_beta + 1)
-    return w.clamp(min=1e-30).log().masked_fill(log_hat == -INF, -INF)
+    is_first = torch.arange(log_hat.shape[-1], device=log_hat.device) == 0  # (k,)
+    w = (H * log_hat.exp() + (cfg.moi_beta + 1 - H) * is_first) / (cfg.moi_beta + 1)
+    return w.clamp(min=1e-30).log()
 
 
-def gumbel(log_hat, cfg, generator=None):
+def gumbel(log_hat, log_p, cfg, generator=None):
     """w = softmax((log p^ + g) / tau), where g is Gumbel noise (SofT-GRPO, LEPO)."""
     noise = -torch.empty_like(log_hat).exponential_(generator=generator).log()
     return (log_hat + noise) / cfg.gumbel_tau
@@ -104,12 +116,12 @@ def concrete_logdensity(log_hat, log_w, filled, cfg):
     n = filled.sum(-1)  # (...)
     x = log_hat - cfg.gumbel_tau * log_w  # (..., k)
     constant = n.float().lgamma() + (n - 1) * math.log(cfg.gumbel_tau)
-    log_total = x.masked_fill(~filled, -INF).logsumexp(-1)
+    log_total = x.masked_fill(~filled, -inf).logsumexp(-1)
     return constant + ((x - log_w) * filled).sum(-1) - n * log_total
 
 
 # --------------------------------------------------------------------------- the end of a thought
-def after(decoder, patience, threshold=INF):
+def after(decoder, patience, threshold=inf):
     """Ends a thought as `drawn` does, or behind `patience` steps in a row with H(p) below a
     threshold in nats: then the tag is put in, token by token."""
     record, t = decoder.record, decoder.t
@@ -128,22 +140,30 @@ motg.MAY_BE_0 += " moi_beta end_entropy"
 motg.MOST |= {"top_p": 1, "min_p": 1}
 motg.SAMPLING |= {
     "with-replacement": Candidates(with_replacement, independent),
+    "drawn-and-top-k": Candidates(drawn_and_top_k, of_the_first),
     "nucleus": Candidates(nucleus),
     "min-p": Candidates(min_p),
     "threshold": Candidates(threshold),
 }
 motg.AGGREGATION |= {
     "uniform": Weights(lambda log_hat, *_: torch.zeros_like(log_hat)),
-    "posterior": Weights(reweigh=posterior),
+    "posterior": Weights(posterior),
     "gumbel": Weights(gumbel, concrete_logdensity, reads_largest=True),
 }
 motg.END |= {
     "entropy": lambda d: after(d, d.cfg.end_patience, d.cfg.end_entropy),
     "steps": lambda d: after(d, d.cfg.end_steps),
 }
+
+
+def preset(sampling, aggregation, **more):
+    """The settings of a method."""
+    return {"sampling": sampling, "aggregation": aggregation, **more}
+
+
 motg.METHODS |= {
     "multiplex": preset("with-replacement", "probability", k=3, logprob="exact"),
-    "mixture-of-inputs": preset("top-k", "posterior"),
+    "mixture-of-inputs": preset("drawn-and-top-k", "posterior"),
     "soft-grpo": preset("top-k", "gumbel", k=5, gumbel_tau=0.1, logprob="exact"),
     "lepo": preset("top-k", "gumbel", k=30, gumbel_tau=0.5, mix_steps=32, logprob="weighted"),
     "cot2": preset("with-replacement", "uniform", k=3, logprob="weighted"),

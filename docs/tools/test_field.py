@@ -49,7 +49,7 @@ def test_cot2_averages_draws_and_scores_the_mean_of_their_log_p():
 def test_cot2_dirichlet_weighs_all_likely_tokens_and_has_their_density():
     cfg = motg.make_config("cot2-dirichlet", temperature=1.0, k=5, concentration=3.0)
     m = motg.sample_mixture(Z.expand(5, -1), cfg, torch.Generator().manual_seed(0))
-    assert torch.equal(m.log_weights > -motg.INF, torch.tensor([[True] * 4 + [False]] * 5))
+    assert torch.equal(m.log_weights > -torch.inf, torch.tensor([[True] * 4 + [False]] * 5))
     hat = Z.softmax(-1)[:4] / Z.softmax(-1)[:4].sum()
     law = torch.distributions.Dirichlet(3.0 * hat)
     w = m.log_weights[:, :4].exp()
