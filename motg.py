@@ -210,7 +210,8 @@ def weigh(log_hat, log_p, cfg, generator=None):
 
 def sample_mixture(logits, cfg, generator=None, first=None) -> Mixture:
     """One thinking step from logits (B, V). `first` (B,): a token already drawn from p, if any."""
-    candidates, weights = SAMPLING[cfg.sampling], AGGREGATION[cfg.aggregation]
+    candidates = SAMPLING[cfg.sampling]
+    weights = AGGREGATION[cfg.aggregation]
     log_p = token_distribution(logits, cfg.temperature)  # (B, V)
     read = draw(log_p, generator) if first is None else first  # (B,)
     tokens, log_pv = candidates.choose(log_p, read, cfg, generator)  # (B, k) both

@@ -329,10 +329,10 @@ def test_whole_trajectories_their_exact_scores_frequencies_and_policy_gradient(t
     if drawn and cfg.k > 1:
         assert not of_p or found["0 passes"] > found["1 pass"] > 5e-4
         assert found["weighted"] > 0.05
-        one = cfg.sampling == "drawn-and-top-k"  # the token read is all that was drawn
-        assert (
-            found["representative"] == found["0 passes"] if one else found["representative"] > 0.05
-        )
+        if cfg.sampling == "drawn-and-top-k":  # the token read is all that was drawn
+            assert found["representative"] == found["0 passes"]
+        else:
+            assert found["representative"] > 0.05
 
 
 @cases("sampling, aggregation", [*product(motg.SAMPLING, WEIGHTS)])
@@ -348,7 +348,7 @@ def test_a_thought_ends_with_the_probability_of_the_ending_tokens(sampling, aggr
         read = r.representative[rows, t].tolist()
         plain.assert_law([y if y in law else -1 for y in read], law | {-1: 1 - sum(law.values())})
         assert torch.equal(r.mixed[rows, t], torch.tensor([y not in law for y in read]))
-        assert len(read) > 500
+        assert len(read) > 200
 
 
 # ------------------------------------------------------------------------------------ rollouts

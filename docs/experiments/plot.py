@@ -210,8 +210,7 @@ def ends(path=RESULTS / "ends.json"):
 
 
 def least_sum_table(variants, reads, key="right"):
-    """Accuracy in the world of least_sum.py, a number a seed: read-outs (rows) of bases and trained
-    models."""
+    """Accuracy in the world of least_sum.py: read-outs (rows) of bases and trained models."""
     models = {}
     for name in variants:
         paths = sorted((RESULTS / "least_sum").glob(f"{name.replace(' ', '-')}.[0-9].json"))
@@ -219,7 +218,7 @@ def least_sum_table(variants, reads, key="right"):
     rows = []
     for read in reads:
         found = [[x[read][key] for x in models[name] if read in x] for name in variants]
-        rows.append([read, *(", ".join(f"{x:.2f}" for x in values) for values in found)])
+        rows.append([read, *(shown(values, 2) for values in found)])
     return markdown(["read with", *variants], rows)
 
 

@@ -461,7 +461,61 @@ def control_table():
     return markdown(["", "seeds", "right", "minus `single`"], rows)
 
 
+def score_table():
+    """Every score of every method at T = 0.9, and minus the method's `representative`, by seed."""
+    rows = []
+    for name in METHODS | SCORES:
+        method = HOW[name]["method"]
+        score = motg.make_config(smoke=True, **HOW[name]).logprob
+        passes = ", one pass" if HOW[name].get("weight_passes") else ""
+        runs = [Run(name, PAPER_T, seed) for seed in SCORED]
+        usual = f"{method} representative"
+        own = [run._replace(name=usual if usual in SCORES else method) for run in runs]
+        right = accuracies(runs)
+        if right:
+            minus = interval(differences(runs, own), "+") if runs != own else ""
+            cells = [interval(right), f"{min(right):.2f}", minus]
+            rows.append([f"`{method}`", score + passes, len(right), *cells])
+    order = list(dict.fromkeys(how["method"] for how in METHODS.values()))
+    rows.sort(key=lambda row: order.index(row[0].strip("`")))
+    return markdown(["", "score", "seeds", "right", "worst seed", "minus `representative`"], rows)
+
+
+def paths_table():
+    """The world of paths.py: methods by temperature, and minus `single` at the same one."""
+    rows = []
+    for name in (*PATHS, "noise"):
+        cells = {T: [Run(name, T, seed, world="paths") for seed in CHOOSE] for T in sorted(PATHS_T)}
+        shown = [interval(accuracies(runs)) for runs in cells.values()]
+        for runs in cells.values():
+            single = [run._replace(name="single") for run in runs]
+            shown.append(interval(differences(runs, single), "+") if name != "single" else "")
+        rows.append([f"`{name}`", *shown])
+    names = [f"T = {T}" for T in sorted(PATHS_T)]
+    return markdown(["", *names, *(f"minus `single`, {name}" for name in names)], rows)
+
+
+def paths_square():
+    """The world of paths.py at T = 0.9: models by what trained them (rows) and what reads them."""
+    rows = [["before training"], *([f"`{name}`"] for name in PATHS)]
+    for by in PATHS:
+        runs = [Run(by, PAPER_T, seed, world="paths") for seed in CHOOSE]
+        rows[0].append(interval(accuracies(runs, "before, own")))
+        for row, trained in zip(rows[1:], PATHS):
+            own = [run._replace(name=trained) for run in runs]
+            row.append(interval(accuracies(own, f"after, by {by}")))
+    for row, trained in zip(rows[1:], PATHS):
+        own = [Run(trained, PAPER_T, seed, world="paths") for seed in CHOOSE]
+        row.append(interval(accuracies(own, "after, cold")))
+    rows[0].append("")
+    header = ["trained by", *(f"read by `{name}`" for name in PATHS), "own method at T = 0.1"]
+    return markdown(header, rows)
+
+
 TABLES = {
+    "scores": score_table,
+    "paths": paths_table,
+    "paths_square": paths_square,
     "controls": control_table,
     "temperatures": temperature_table,
     "lead": lead_table,
