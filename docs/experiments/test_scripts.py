@@ -321,6 +321,39 @@ def test_a_file_is_named_by_its_run_and_every_run_is_a_config(results, controls)
         assert "after, own" in names and len(names) == len(set(names))
 
 
+def test_scores_are_compared_with_the_same_methods_representative_by_hand(results):
+    Run, seeds = temperatures.Run, temperatures.SCORED
+    for seed, right in zip(seeds, (0.5, 0.7)):
+        results(Run("dirichlet", 0.9, seed), right)
+        results(Run("dirichlet exact", 0.9, seed), right - 0.1)
+        results(Run("multiplex representative", 0.9, seed), 0.2)
+        results(Run("multiplex exact+1", 0.9, seed), right)
+    found = temperatures.score_table().splitlines()[2:]
+    wide = f"0.600 ± {12.7 * 0.1:.3f}"  # half of the difference is the standard error
+    assert found == [
+        f"| `dirichlet` | representative | 2 | {wide} | 0.50 |  |",
+        f"| `dirichlet` | exact | 2 | {wide.replace('0.6', '0.5')} | 0.40 | -0.100 ± 0.000 |",
+        "| `multiplex` | representative | 2 | 0.200 ± 0.000 | 0.20 |  |",
+        f"| `multiplex` | exact, one pass | 2 | {wide} | 0.50 | +0.400 ± {12.7 * 0.1:.3f} |",
+    ]
+
+
+def test_the_paths_worlds_tables_by_hand(results):
+    for name, right in (("single", 0.4), ("dirichlet", 0.5), ("noise", 0.1)):
+        run = temperatures.Run(name, 0.9, 0, world="paths")
+        reads = {"before, own": right - 0.1, "after, own": right, "after, cold": 0.6}
+        reads |= {"after, by single": right + 0.2, "after, by dirichlet": right + 0.3}
+        run.path.write_text(json.dumps({read: {"pass@1": x} for read, x in reads.items()}))
+        results(run._replace(world="sums"), 0.99)  # another world
+    rows = [line.split(" | ") for line in temperatures.paths_table().splitlines()]
+    assert [row[3] for row in rows[2:4]] == ["0.400", "0.500"] and rows[-1][3] == "0.100"
+    assert [row[6].strip(" |") for row in rows[2:4]] == ["", "+0.100"]
+    rows = [line.split(" | ") for line in temperatures.paths_square().splitlines()[2:]]
+    assert rows[0][1:3] == ["0.300", "0.400"]  # before training, read by `single` and `dirichlet`
+    assert rows[1][1:3] == ["0.600", "0.700"] and rows[2][1:3] == ["0.700", "0.800"]
+    assert rows[1][6].strip(" |") == "0.600"
+
+
 # ---------------------------------------------------------------------------------------- probes.py
 def test_the_jensen_shannon_divergence_is_that_of_the_formula():
     p = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
