@@ -952,14 +952,12 @@ def scores(items):
         ours, theirs = fork.Pipe(duplex=False)
         fork.Process(target=score_each, args=(left, theirs, ours), daemon=True).start()
         theirs.close()
-        with suppress(EOFError):
+        with suppress(EOFError, OSError):  # the kernel has ended the child
             for _ in left:
                 verdicts.append(ours.recv())
         if len(verdicts) < len(jobs):
             verdicts.append("died")
-        require(
-            verdicts[0] == 1, "scoring does not work on this machine: a right sum was not right"
-        )
+        require(verdicts[0] == 1, f"scoring does not work here: a right sum scored {verdicts[0]}")
     counts.update(verdict for verdict in verdicts if isinstance(verdict, str))
     return [x if isinstance(x, float) and 0 <= x <= 1 else 0.0 for x in verdicts[1:]]
 
