@@ -10,7 +10,7 @@ Part One is the method, and a student can stop at its end. Part Two is the progr
 
 Letters in shapes: B rows (a row is one chain, one completion of a prompt), G chains a prompt, n
 prompts, P the longest prompt, T new tokens (in formulas T is the temperature), k candidates, V
-vocabulary, d width, N steps picked out of B x T, Q inputs of a pass, S slots they look at."""
+vocabulary, d width, N steps picked out of B x T, Q inputs of a pass, S places in a cache."""
 
 import os
 
@@ -57,7 +57,7 @@ LOGITS_CHUNK = 2**24  # numbers in a chunk of logits (section 6)
 class Config:
     """All settings: each is a flag, its comment the help text. "(paper: x)": the paper uses x."""
 
-    # a mixture (section 2), its score (3), the end of a thought (4)
+    # a mixture (section 2), the end of a thought (3), the score of a step (4)
     method: str = "dirichlet"  # a preset of METHODS (section 9)
     sampling: str = "top-k"  # the rule that chooses the candidates
     aggregation: str = "dirichlet"  # the rule that weights the candidates
@@ -104,7 +104,7 @@ class Config:
 # A thinking step is k candidates v and k weights w. The model's next input is the weighted sum of
 # the candidates' embeddings. Say the vocabulary is a, b, c, d and the end tag, and at this step
 #     p         a 0.40   b 0.24   c 0.12   d 0.04   </think> 0.20
-#     p'        a 0.50   b 0.30   c 0.15   d 0.05             p without the tag: see section 4
+#     p'        a 0.50   b 0.30   c 0.15   d 0.05             p without the tag: see section 3
 #     top 2     a, b     with p^ = p' over the candidates alone = (0.625, 0.375)
 #     weights   w = p^, or drawn around it: w ~ Dir(c p^), say (0.7, 0.3)
 #     next      0.7 E[a] + 0.3 E[b]
@@ -172,7 +172,7 @@ def without_replacement(log_p, first, cfg, generator=None):
 
 
 def plackett_luce(log_p, tokens, cfg):
-    """log P of draws without replacement: sum_j log p(v_j) - log(1 - sum_{i<j} p(v_i)). The loop
+    """log P of draws without replacement: sum_j [log p(v_j) - log(1 - sum_{i<j} p(v_i))]. The loop
     renormalises p instead, because that difference loses its digits where p is sharp."""
     score = 0.0
     for token in tokens.split(1, dim=-1):  # (..., 1)
@@ -231,85 +231,13 @@ def mixture_embedding(table, tokens, log_weights):
     return (log_weights.exp()[..., None] * rows).sum(-2).to(table.dtype)
 
 
-# --------------------------------------------------------------- 3. the log-probability of a step
-# GRPO raises the log-probability of steps that led to rewards. For a mixture we first have to say
-# what that is. A step is of one of four kinds, and only what the policy itself drew has a score:
-#     PAD      the row had already ended                                    0
-#     FORCED   a rule put this token in, and nobody drew it                 0
-#     TOKEN    y ~ p was fed, as in the answer or to end the thought        log p(y)
-#     MIXED    y ~ p did not end the thought, so a mixture was fed          one of three scores
-#
-# If draws without replacement gave a, then b, in the example, and w = p^, the three scores are
-#     representative   log p of the token read  log 0.40                                     = -0.92
-#     weighted         sum_i w_i log p(v_i)     0.625 log 0.40 + 0.375 log 0.24              = -1.11
-#     exact            of all that was drawn    log 0.80 + log 0.50 + log(0.30 / (1 - 0.50)) = -1.43
-#
-# The paper scores tokens, by the first two. With `exact`, sum P R grad log P over all trajectories
-# is the policy gradient (section 6 adds what is missing where w = p^). It is the sum of
-#     log(1 - p_end)    p_end is the chance that y ~ p ends the thought (section 4)
-#     log P'(v)         if the candidates were drawn; P' is the probability under p'
-#     log f(w)          if the weights were drawn; f is a density
-#     log P(y)          if the token read was drawn from w, as far as anything depends on it
-PAD, FORCED, TOKEN, MIXED = range(4)
-
-
-def mixture_logprob(logits, tokens, log_weights, representative, cfg):
-    """Log-prob (...) of steps (..., k) under the model that gave `logits` (..., V), where no token
-    ends a thought. A step with more than one filled slot is a mixture."""
-    kind = torch.where((log_weights > -inf).sum(-1) > 1, MIXED, TOKEN)  # (...)
-    step = Steps(tokens, log_weights, representative, kind, torch.zeros_like(kind))
-    never = tokens.new_zeros(1, logits.shape[-1])
-    return step_logprob(logits, step, TagTable(never, never > 0), cfg)
-
-
-def step_logprob(logits, step, tag, cfg):
-    """Log-prob (...) of recorded Steps under the model that gave `logits` (..., V)."""
-    tokens, log_w, read, kind, matched = step[:5]
-    log_p = step_distribution(logits, matched, tag, cfg)  # (..., V)
-    log_y = log_p.gather(-1, read[..., None])[..., 0]  # (...)
-    if cfg.logprob == "representative":
-        return log_y
-    empty = log_w == -inf  # (..., k)
-    if cfg.logprob == "weighted":
-        w = log_w.detach().exp()  # a gradient through w could push a chosen token down
-        return (w * log_p.gather(-1, tokens).masked_fill(empty, 0.0)).sum(-1)
-    candidates = SAMPLING[cfg.sampling]
-    weights = AGGREGATION[cfg.aggregation]
-    score, log_q, log_hat = going_on(log_p, step, tag)
-    if candidates.logprob:
-        score = score + candidates.logprob(log_q, tokens, cfg)
-    elif not weights.reads_largest:  # how likely did a draw from w have the same consequences?
-        log_read = log_w if weights.logdensity else weigh(log_hat, log_q, cfg)
-        leads_to = tag.after[matched[..., None], tokens]  # (..., k) the text's state: section 4
-        led_to = tag.after[matched, read]  # (...)
-        other = leads_to != led_to[..., None]  # (..., k)
-        score = score + log_read.masked_fill(other, -inf).logsumexp(-1)
-    if weights.logdensity:
-        log_hat = log_hat.masked_fill(empty, 0.0)
-        log_w = log_w.masked_fill(empty, 0.0)
-        score = score + weights.logdensity(log_hat, log_w, ~empty, cfg)
-    return torch.where(kind == MIXED, score, log_y)
-
-
-def going_on(log_p, step, tag):
-    """log(1 - p_end) (...), log p' (..., V), log p^ (..., k); p' is p where a step did not mix."""
-    mixed = (step.kind == MIXED)[..., None]  # (..., 1)
-    ends = tag.ends[step.matched] & mixed  # (..., V)
-    rest = log_p.masked_fill(ends, -inf)  # (..., V)
-    log_go_on = rest.logsumexp(-1)  # (...)
-    log_q = rest - log_go_on[..., None]  # (..., V)
-    empty = step.log_weights == -inf  # (..., k)
-    log_hat = log_q.gather(-1, step.tokens).masked_fill(empty, -inf).log_softmax(-1)  # (..., k)
-    return log_go_on, log_q, log_hat
-
-
-# ----------------------------------------------------------------------- 4. the end of a thought
+# ----------------------------------------------------------------------- 3. the end of a thought
 # A thinking step first draws an ordinary token y from p. If y is an EOS, or its text completes
 # `</think>`, the thought ends with it, as in any language model. If not, the step mixes from p',
-# which is p without the ending tokens: no model has seen an input that is a quarter `</think>`. The
+# which is p without the ending tokens: no model has seen an input that is a fifth `</think>`. The
 # tag is looked for in the text, not among the ids: for Qwen2.5 it is three tokens, and the last one
 # may hold what follows too. So the state of a text, called `matched`, is how many characters of the
-# tag it ends with, 0 to 7, or one of these:
+# tag it ends with, 0 to 7, or ANSWER, or ENDED.
 TAG = "</think>"
 ANSWER = len(TAG)  # the tag is complete
 ENDED = ANSWER + 1  # an EOS was read
@@ -352,38 +280,111 @@ def tag_of(model, tokenizer) -> TagTable:
 
 def step_distribution(logits, matched, tag, cfg):
     """log p (..., V) of steps that begin in the states `matched` (...)."""
-    T = cfg.temperature
+    temperature = cfg.temperature
     if cfg.answer_temperature:
-        T = torch.where(matched < ANSWER, T, cfg.answer_temperature)[..., None]
+        temperature = torch.where(matched < ANSWER, temperature, cfg.answer_temperature)[..., None]
     if cfg.end == "most-likely":  # no draw may end the thought: p is p'
         logits = logits.masked_fill(tag.ends[matched], -inf)
-    return token_distribution(logits, T)
+    return token_distribution(logits, temperature)
 
 
-# That rule is `drawn`; with `most-likely`, a thought ends where the arg-max of p would end it. Each
-# gets section 5's Decoder, and returns in which rows (B,) it puts a token in, and the tokens (B,).
+# The rule so far is `drawn`. With `most-likely`, a thought ends where the arg-max of the logits
+# ends it. A rule gets section 5's Decoder and returns which rows it forces (B,), with what tokens.
 END = {
-    "drawn": lambda d: (d.matched < 0, d.matched),  # it puts nothing in
+    "drawn": lambda d: (d.matched < 0, d.matched),  # it forces no row; the tokens are not used
     "most-likely": lambda d: (d.tag.ends[d.matched, d.logits.argmax(-1)], d.logits.argmax(-1)),
 }
 
 
+# --------------------------------------------------------------- 4. the log-probability of a step
+# GRPO raises the log-probability of steps that led to rewards. For a mixture we first have to say
+# what that is. A step is of one of four kinds. At the first two nothing was drawn, so they have 0:
+#     PAD      the row had already ended                                    0
+#     FORCED   a rule put this token in                                     0
+#     TOKEN    y ~ p was fed: in an answer, to end a thought, or unmixed    log p(y)
+#     MIXED    y ~ p did not end the thought, so a mixture was fed          one of three scores
+#
+# If draws without replacement gave a, then b, in the example, and w = p^, the three scores are
+#     representative   log p of the token read  log 0.40                                     = -0.92
+#     weighted         sum_i w_i log p(v_i)     0.625 log 0.40 + 0.375 log 0.24              = -1.11
+#     exact            of all that was drawn    log 0.80 + log 0.50 + log(0.30 / (1 - 0.50)) = -1.43
+#
+# The paper scores tokens, by the first two. `exact` makes R grad log P an unbiased estimate of the
+# policy gradient (where w = p^, with section 6's extra passes). For a MIXED step it is the sum of
+#     log(1 - p_end)    p_end is the chance that y ~ p ends the thought (section 3)
+#     log P'(v)         if the candidates were drawn; P' is the probability under p'
+#     log f(w)          if the weights were drawn; f is a density
+#     log P(state)      if the token read was drawn from w: the chance that it leads to this state
+PAD, FORCED, TOKEN, MIXED = range(4)
+
+
+def mixture_logprob(logits, tokens, log_weights, representative, cfg):
+    """Log-prob (...) of steps (..., k) under the model that gave `logits` (..., V), where no token
+    ends a thought. A step with one filled slot counts as a TOKEN, any other as MIXED."""
+    kind = torch.where((log_weights > -inf).sum(-1) > 1, MIXED, TOKEN)  # (...)
+    step = Steps(tokens, log_weights, representative, kind, torch.zeros_like(kind))
+    never = tokens.new_zeros(1, logits.shape[-1])
+    return step_logprob(logits, step, TagTable(never, never > 0), cfg)
+
+
+def step_logprob(logits, step, tag, cfg):
+    """Log-prob (...) of recorded Steps, from `logits` (..., V). Callers zero PAD and FORCED."""
+    tokens, log_w, read, kind, matched = step[:5]
+    log_p = step_distribution(logits, matched, tag, cfg)  # (..., V)
+    log_y = log_p.gather(-1, read[..., None])[..., 0]  # (...)
+    if cfg.logprob == "representative":
+        return log_y
+    empty = log_w == -inf  # (..., k)
+    if cfg.logprob == "weighted":
+        w = log_w.detach().exp()  # a gradient through w could push a chosen token down
+        return (w * log_p.gather(-1, tokens).masked_fill(empty, 0.0)).sum(-1)
+    candidates = SAMPLING[cfg.sampling]
+    weights = AGGREGATION[cfg.aggregation]
+    score, log_q, log_hat = going_on(log_p, step, tag)
+    if candidates.logprob:
+        score = score + candidates.logprob(log_q, tokens, cfg)
+    elif not weights.reads_largest:  # the chance that a draw from w leads to the same state
+        log_read = log_w if weights.logdensity else weigh(log_hat, log_q, cfg)
+        leads_to = tag.after[matched[..., None], tokens]  # (..., k) a state each
+        led_to = tag.after[matched, read]  # (...)
+        other = leads_to != led_to[..., None]  # (..., k)
+        score = score + log_read.masked_fill(other, -inf).logsumexp(-1)
+    if weights.logdensity:
+        log_hat = log_hat.masked_fill(empty, 0.0)
+        log_w = log_w.masked_fill(empty, 0.0)
+        score = score + weights.logdensity(log_hat, log_w, ~empty, cfg)
+    return torch.where(kind == MIXED, score, log_y)
+
+
+def going_on(log_p, step, tag):
+    """log(1 - p_end) (...), log_q = log p' (..., V), log p^ (..., k); p' is p where none mixed."""
+    mixed = (step.kind == MIXED)[..., None]  # (..., 1)
+    ends = tag.ends[step.matched] & mixed  # (..., V)
+    log_on = log_p.masked_fill(ends, -inf)  # (..., V)
+    log_go_on = log_on.logsumexp(-1)  # (...)
+    log_q = log_on - log_go_on[..., None]  # (..., V)
+    empty = step.log_weights == -inf  # (..., k)
+    log_hat = log_q.gather(-1, step.tokens).masked_fill(empty, -inf).log_softmax(-1)  # (..., k)
+    return log_go_on, log_q, log_hat
+
+
 # ---------------------------------------------------------------------------------- 5. rollouts
 # For one chain, and without a cache, a rollout would be
-#     inputs = E[prompt]
+#     inputs, text = E[prompt], []
 #     while the row has not ended:
 #         z = model(inputs)[-1]
 #         y = a draw from softmax(z / T)
-#         v, w = y, 1
-#         if the row thinks and y does not end its thought:
-#             v, w = sample_mixture(z without the ending tokens)
-#         inputs = inputs + [sum_i w_i E[v_i]]
+#         v, w, read = y, 1, y
+#         if the thought is open and y does not end it:
+#             v, w, read = sample_mixture(z without the ending tokens, first=y)
+#         inputs, text = inputs + [sum_i w_i E[v_i]], text + [read]
 #
 # This section does so for all chains at once. Prompts are padded on the left, so step t of each row
-# sits in slot P + t of the cache. A prompt is read once and copied to its G chains. A step works in
+# is at place P + t of the cache. A prompt is read once and copied to its G chains. A step works in
 # place and never asks the GPU for a value, so that CUDA can replay it as one graph.
 class Steps(NamedTuple):
-    """Recorded steps: ids and weights, and each model looks embeddings up in its own table."""
+    """Recorded steps: ids and weights; each model looks embeddings up in its own table. One step
+    is (B, k) and (B,) instead, N steps picked out are (N, k) and (N,)."""
 
     tokens: Tensor  # (B, T, k)
     log_weights: Tensor  # (B, T, k) ordinary tokens are one-hot, in the first slot
@@ -424,8 +425,8 @@ class Rollout(NamedTuple):
 
 
 def forward(model, inputs, mask, cache, position=None):
-    """The last layer's states (B, Q, d) of ids (B, Q) or embeddings (B, Q, d) behind a cache. A
-    mask (B, S) covers both, and positions count what it shows; or a bias, with `position` given."""
+    """The last layer's states (B, Q, d) of ids (B, Q) or embeddings (B, Q, d) after a cache. `mask`
+    (B, S) covers cache and inputs and gives positions. With `position`, it is a bias instead."""
     if inputs.dim() == 2:
         inputs = F.embedding(inputs, model.get_input_embeddings().weight)
     if position is None:
@@ -447,13 +448,13 @@ class Decoder:
         hidden = forward(model, ids, mask, self.cache)  # (n, P, d)
         self.logits = self.head(hidden[:, -1])  # (n, V)
         self.start = mask.sum(1, keepdim=True)  # (n, 1) lengths of the prompts
-        covered = F.pad(~mask, (0, slots - self.P), value=True)[:, None, None]  # (n, 1, 1, slots)
-        self.attention_bias = covered.to(model.dtype) * -1e9  # 0 where a row may look, else -1e9
+        closed = F.pad(~mask, (0, slots - self.P), value=True)[:, None, None]  # (n, 1, 1, slots)
+        self.attention_bias = closed.to(model.dtype) * -1e9  # 0 where a row may look, else -1e9
         self.matched = ids.new_zeros(n)  # the text's state
         self.rows = torch.arange(n * cfg.chains, device=ids.device)  # (B,) rows of the record
         self.keep(self.rows // cfg.chains)  # each prompt's row is copied to its chains
         self.t = ids.new_zeros(1)
-        self.one_hot = F.one_hot(self.t, cfg.k).log()  # (1, k) log-weights of an ordinary token
+        self.one_hot = F.one_hot(self.t, cfg.k).log()  # (1, k) all weight in slot 0, since t is 0
         one = ids.new_zeros(len(self.rows), T)  # a number for each step
         each = ids.new_zeros(len(self.rows), T, cfg.k)  # a number for each candidate
         self.record = Steps(
@@ -485,8 +486,8 @@ class Decoder:
         mixes = (matched < ANSWER) & ~forced & ~tag.ends[matched, y]  # (B,)
         mixes &= (entropy >= cfg.mix_entropy) & (self.t < (cfg.mix_steps or inf))
         mixes &= cfg.k > 1 or not SAMPLING[cfg.sampling].logprob  # one draw is an ordinary token
-        rest = z.masked_fill(tag.ends[matched], -inf)  # (B, V) the logits of p'
-        m = sample_mixture(rest, cfg, self.generator, first=y)
+        z_on = z.masked_fill(tag.ends[matched], -inf)  # (B, V) the logits of p'
+        m = sample_mixture(z_on, cfg, self.generator, first=y)
         tokens = torch.where(mixes[:, None], m.tokens, y[:, None])  # (B, k)
         log_w = torch.where(mixes[:, None], m.log_weights, self.one_hot)
         kind = torch.where(forced, FORCED, torch.where(mixes, MIXED, TOKEN))
@@ -566,21 +567,21 @@ def completion_hidden(model, r, log_weights):
     ids = r.prompt_ids[first]  # (n, P)
     mask = r.prompt_mask[first]
     cache = transformers.DynamicCache(config=model.config)
-    prompt = forward(model, ids, mask, cache)  # (n, P, d)
+    read = forward(model, ids, mask, cache)  # (n, P, d)
     cache.batch_repeat_interleave(chains)
     table = model.get_input_embeddings().weight
     embeds = mixture_embedding(table, r.tokens, log_weights)  # (B, T, d)
     visible = F.pad(r.prompt_mask, (0, r.kind.shape[1]), value=True)  # (B, P + T)
     steps = forward(model, embeds, visible, cache)  # (B, T, d)
     # the prompt's last state predicts step 0, that of step t - 1 predicts step t
-    before = prompt[:, -1:].repeat_interleave(chains, dim=0)  # (B, 1, d)
+    before = read[:, -1:].repeat_interleave(chains, dim=0)  # (B, 1, d)
     return torch.cat([before, steps[:, :-1]], dim=1)
 
 
-# If the weights are computed from p, the parameters act by a second path too: theta -> w_1 -> the
-# input of step 2 -> p_2. Recorded weights miss it. So pass 0 computes the weights from the recorded
-# inputs, equal in value to the record, but with a gradient. The inputs of pass 1 are built from
-# these: its gradient goes through one w, that of pass n through n in a row. T steps need T - 1.
+# If w is computed from p, the parameters act by a second path: theta -> w_1 -> the input of step 2
+# -> p_2. Recorded weights have no gradient along it. An extra pass computes the weights again from
+# the recorded inputs: equal values, but with a gradient. The next pass mixes its inputs by them.
+# So n extra passes cover paths through n weights in a row, and T steps need n = T - 1.
 def weights_of_p(logits, step, tag, cfg):
     """log w (N, k) of recorded Steps: the value is the record's, the gradient that of w(p)."""
     weights = AGGREGATION[cfg.aggregation]
@@ -594,7 +595,7 @@ def weights_of_p(logits, step, tag, cfg):
 
 
 def rollout_logprobs(model, r, cfg, micro_batch=None):
-    """Log-probs (B, T) of sampled steps, with gradient, `micro_batch` rows at a time; else 0."""
+    """Log-probs (B, T) with gradient, 0 where not sampled; at most `micro_batch` rows at a time."""
     check_model(model)
     sampled = r.sampled
     head = model.get_output_embeddings()
@@ -631,8 +632,8 @@ def rollout_logprobs(model, r, cfg, micro_batch=None):
 
 
 # --------------------------------------------------------------------------------------- 7. GRPO
-# A chain's advantage is how much better it did than the G chains of its prompt: rewards (2.5, 0.5,
-# 0.5, 0.5) have mean 1.0 and standard deviation 1.0, so the advantages are (1.5, -0.5, -0.5, -0.5).
+# A chain's advantage is how much better it did than its prompt's G chains on average: rewards (2.5,
+# 0.5, 0.5, 0.5) have mean 1.0 and standard deviation 1.0: advantages are (1.5, -0.5, -0.5, -0.5).
 def group_advantages(rewards):
     """A = (r - mean) / (std + 1e-4) within each group: (n, G) -> (n, G)."""
     mean = rewards.mean(-1, keepdim=True)
@@ -642,7 +643,7 @@ def group_advantages(rewards):
 
 def grpo_loss(logprob, old_logprob, ref_logprob, advantages, mask, cfg, chains=None, tokens=None):
     """PPO's clipped objective on advantages A (B,), plus a KL penalty; other tensors are (B, T).
-        ratio = pi / pi_old      k3 = pi_ref / pi - log(pi_ref / pi) - 1, unbiased and >= 0
+        ratio = pi / pi_old      k3 = pi_ref / pi - log(pi_ref / pi) - 1, unbiased for draws from pi
         loss  = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) + beta k3
     `chains` and `tokens` count the whole batch, of which this may be a part. Returns the loss and a
     dict of means. With one update a batch the ratio is 1, and nothing is clipped."""
@@ -683,7 +684,7 @@ def collect(sampler, tokenizer, cfg, steps, generator):
     r, parts = attempt(sampler, tokenizer, batch, cfg, generator)
     reward = r.logprob.new_tensor([part["reward"] for part in parts]).view(-1, cfg.chains)  # (n, G)
     means = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
-    equal = (reward == reward[:, :1]).all(1)  # (n,) nothing to compare, so no gradient
+    equal = (reward == reward[:, :1]).all(1)  # (n,) their advantages are 0
     means["no_gradient"] = equal.float().mean().item()
     bad = {name: counts[name] for name in ("too_long", "refused", "raised", "died")}
     log = {"step": steps.start, **means, **step_probes(r), **bad}
@@ -715,7 +716,7 @@ def update(policy, reference, optimizer, r, advantages, cfg, lr):
         loss, stats = grpo_loss(new, old, ref, A, part.sampled, cfg, chains, tokens)
         loss.backward()
         gap = (old - part.logprob).abs().sum().item()  # the sampler may be a bf16 copy
-        log.update(stats | {"sampler_gap": gap / tokens})
+        log.update(stats | {"sampler_gap": gap / tokens})  # a Counter adds
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip).item()
     optimizer.param_groups[0]["lr"] = lr
     if math.isfinite(norm):  # otherwise this batch is skipped
@@ -898,25 +899,26 @@ def rewards(problems, texts):
 
 
 # -------------------------------------------------------------------------- 11. contained scoring
-# Nine scorers execute the model's text (by eval or by sympy's parse_expr, which calls eval), two
-# count nan as right, others hang, die, or give more than 1. Those eleven see only plain arithmetic
-# and lists, and all run in a forked child, which the kernel ends when an answer takes too long.
+# EVALS are eleven scorers: nine execute the model's text (eval, or sympy's parse_expr), two count
+# nan as right. They see only plain arithmetic and lists, as '[1, 2]', 'sin(x)**2' and '3!', and not
+# 'exit()', '().__class__', '9**9**9', '999!', '9!!'. Other scorers hang, die, or give more than 1,
+# so every scorer runs in a forked child, which a timer ends after SECONDS an answer.
 EVALS = """countdown puzzle24 polynomial_multiplication simple_integration string_insertion n_queens
 intermediate_integration binary_matrix spiral_matrix number_sorting complex_arithmetic"""
 NAME = r"[A-Za-z]_?\d?|pi|sqrt|exp|log|ln|[aA]bs|Rational|a?(sin|cos|tan)h?|cot|sec|csc"
 PLAIN = rf"""((?<![A-Za-z_])({NAME})(?!\w)|['"](-?[\d.]+|\w)['"]|\.(?=\d)|[\s\d\[\],+*/()!-])*"""
 SMALL = r"\s*(-?\d{1,2}(\.\d+)?|[a-zA-Z]|\(-?\d{1,2}(/\d{1,2})?\))(?!\s*(\*\*|!|[\w.(]))"
-HUGE = rf"\*\*(?!{SMALL})|(\d{{3}}|[^\d\s])\s*!"  # 9**9**9, 999!, 9!!
+HUGE = rf"\*\*(?!{SMALL})|(\d{{3}}|[^\d\s])\s*!"
 SECONDS = 2.0  # for an answer
 
 
 def harmless(answer, entry):
-    """May the scorer see this answer? '2*x**2 + C' yes, '().__class__' and 'exit()' no."""
+    """May the scorer see this answer? '2*x**2 + C' yes, 'exit()' no."""
     right = (str(entry["answer"]).strip(), *entry["metadata"].get("valid_answers", ()))
     plain = re.fullmatch(PLAIN, answer, re.ASCII) and not re.search(HUGE, answer)
     short = len(answer) <= max(4096, 4 * len(right[0]))
     evaluates = entry["metadata"].get("source_dataset") in EVALS.split()
-    return answer.strip() in right or short and (plain or not evaluates)
+    return answer.strip() in right or (short and (plain or not evaluates))
 
 
 def score_each(items, pipe, parents):
@@ -1109,7 +1111,7 @@ def readable(r, row, tokenizer):
 
 
 def pass_at_k(n, c, k) -> float:
-    """The chance that one of k chains is right, unbiased, if c of n were (Chen et al. 2021)."""
+    """The chance that at least one of k chains is right, if c of n were (Chen et al. 2021)."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -1132,7 +1134,7 @@ def evaluate(model, tokenizer, cfg, generator, tests, probes=False):
         means.update({name: value * len(part) / n for name, value in step_probes(r).items()})
     right = [sum(correct[i : i + G]) for i in range(0, n * G, G)]  # of each problem
     if probes:
-        means["hidden_entropy"] = hidden_probe(model, r)
+        means["hidden_entropy"] = hidden_probe(model, r)  # of the last problems
     found = {f"pass@{k}": sum(pass_at_k(G, c, k) for c in right) / n for k in range(1, G + 1)}
     found["stderr"] = torch.tensor(right).div(G).std().item() / n**0.5 if n > 1 else math.nan
     return {**found, **means, "problems": n}
