@@ -209,24 +209,40 @@ def ends(path=RESULTS / "ends.json"):
     return markdown(header, sorted(rows))
 
 
-def least_sum_table(variants, reads, key="right"):
-    """Accuracy in the world of least_sum.py: read-outs (rows) of bases and trained models."""
-    models = {}
-    for name in variants:
-        paths = sorted((RESULTS / "least_sum").glob(f"{name.replace(' ', '-')}.[0-9].json"))
-        models[name] = [json.loads(path.read_text())["read_out"] for path in paths]
-    rows = []
-    for read in reads:
-        found = [[x[read][key] for x in models[name] if read in x] for name in variants]
-        rows.append([read, *(shown(values, 2) for values in found)])
-    return markdown(["read with", *variants], rows)
+def least_sum(variant, read):
+    """Accuracies in the world of least_sum.py, a number a seed, of a variant by a read-out."""
+    paths = sorted((RESULTS / "least_sum").glob(f"{variant.replace(' ', '-')}.[0-9].json"))
+    reads = [json.loads(path.read_text())["read_out"] for path in paths]
+    return [found[read]["right"] for found in reads if read in found]
 
 
-BASES = ("base soft", "base random", "base soft steps=3000", "base random steps=3000")
-LEARNERS = ("single", "multiplex", "different-tokens", "soft-thinking")
+def least_sum_table(variants, reads):
+    """Bases and trained models (rows) by what reads them (columns)."""
+    rows = [[name, *(shown(least_sum(name, read), 2) for read in reads)] for name in variants]
+    return markdown(["", *reads], rows)
+
+
+def by_k(variant, rules, ks):
+    """A base by the rule that reads it (rows) and its number of candidates (columns)."""
+    rows = [
+        [f"`{rule}`", *(shown(least_sum(variant, f"{rule} k={k}"), 2) for k in ks)]
+        for rule in rules
+    ]
+    return markdown(["", *(f"k = {k}" for k in ks)], rows)
+
+
+BASES = ("base soft", "base soft+random", "base random")
+AROUND = [
+    f"base {soft} {what}"
+    for what in ("steps=3000", "m=3", "m=5", "width=64", "width=256")
+    for soft in ("soft", "random")
+]
+LEARNERS = ("single", "single T=0.3", "multiplex", "different-tokens", "dirichlet")
+LEARNERS += ("soft-thinking", "soft-thinking exact")
 READS = ("single T=1", "single T=0.1", "different-tokens k=8", "multiplex k=8")
 READS += ("soft-thinking k=16",)
-TEMPERATURES = ("lead", "best", "cross", "drawn", "diversity", "long", "controls")
+TEMPERATURES = ("lead", "best", "cross", "drawn", "diversity", "long", "scores", "controls")
+TEMPERATURES += ("paths", "paths_square")
 
 
 def evidence_tables():
@@ -242,16 +258,15 @@ def evidence_tables():
 
 def all_tables():
     """The same for docs/evidence_tables.md."""
-    ks = (2, 4, 8, 16, 32)
     rules = ("soft-thinking", "different-tokens", "dirichlet", "multiplex", "cot2")
-    reads = [f"{rule} k={k}" for rule in rules for k in ks]
     return {
         "temperatures": temperatures.temperature_table(),
         "rates": temperatures.rate_table(),
         "half": temperatures.half_table(),
         "ends": ends(),
         "bias": bias(),
-        "by_k": least_sum_table(("base soft",), reads),
+        "by_k": by_k("base soft", rules, (2, 4, 8, 16, 32)),
+        "around": least_sum_table(AROUND, READS),
         "trl": against_trl(),
     }
 

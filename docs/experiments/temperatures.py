@@ -476,8 +476,9 @@ def score_table():
             minus = interval(differences(runs, own), "+") if runs != own else ""
             cells = [interval(right), f"{min(right):.2f}", minus]
             rows.append([f"`{method}`", score + passes, len(right), *cells])
-    order = list(dict.fromkeys(how["method"] for how in METHODS.values()))
-    rows.sort(key=lambda row: order.index(row[0].strip("`")))
+    order = list(dict.fromkeys(f"`{how['method']}`" for how in METHODS.values()))
+    kinds = ("representative", "weighted", "exact", "exact, one pass")
+    rows.sort(key=lambda row: (order.index(row[0]), kinds.index(row[1])))
     return markdown(["", "score", "seeds", "right", "worst seed", "minus `representative`"], rows)
 
 
