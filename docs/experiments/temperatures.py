@@ -172,7 +172,7 @@ def read_outs(run):
     elif run.seed in COMPARE:
         yield "after, warm", "after", warm
     wide = (run.name in WIDE, run.temperature, run.steps) == (True, PAPER_T, STEPS)
-    if run.world == "paths" and run.temperature == PAPER_T:
+    if run.world == "paths" and run.temperature == PAPER_T and run.name in PATHS:
         for name in PATHS:
             yield f"after, by {name}", "after", METHODS[name] | own
     elif run.seed in CHOOSE and wide:
