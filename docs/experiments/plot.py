@@ -251,8 +251,7 @@ def evidence_tables():
         **{name: temperatures.TABLES[name]() for name in TEMPERATURES},
         "least": least_sum_table(BASES, READS),
         "learned": least_sum_table([f"grpo {name}" for name in LEARNERS], (*READS, "own")),
-        "alone": probes.step_table(),
-        "variance": probes.variance_table(),
+        "alone_short": probes.short_step_table(),
     }
 
 
@@ -267,6 +266,9 @@ def all_tables():
         "bias": bias(),
         "by_k": by_k("base soft", rules, (2, 4, 8, 16, 32)),
         "around": least_sum_table(AROUND, READS),
+        "alone": probes.step_table(),
+        "variance": probes.variance_table(),
+        "windows": probes.window_table(),
         "trl": against_trl(),
     }
 

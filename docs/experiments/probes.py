@@ -219,25 +219,62 @@ def variance_table():
     return temperatures.markdown([*header, "share of the answers"], rows)
 
 
+def step_cells(found):
+    """The number of steps of some results, and their means by the second weight, as text: the three
+    divergences, and how often the likeliest token is that of a token alone."""
+    names = ("mixture, largest", "mixture, second", "largest, second", "as largest", "as second")
+    for low, high in ((BINS[0], BINS[3]), (BINS[3], 0.5)):
+        parts = [part for row in found for part in row["steps"] if low <= part["from"] < high]
+        steps = sum(part["steps"] for part in parts)
+        if steps >= 5:
+            means = [sum(part["steps"] * part.get(x, 0) for part in parts) / steps for x in names]
+            shares = [f"{100 * x:.0f}%" for x in means[3:]]
+            yield f"{low} to {high}", steps, *(f"{x:.3f}" for x in means[:3]), *shares
+
+
+STEP_HEADER = ["second weight", "steps", "JS to the largest", "JS to the second", "JS of the two"]
+STEP_HEADER += ["likeliest as for the largest", "as for the second"]
+
+
 def step_table():
     """What a mixture does to the next step, by its second weight."""
-    names = ("mixture, largest", "mixture, second", "largest, second", "as largest", "as second")
     rows = []
     for group, found in groups().items():
-        for low, high in ((BINS[0], BINS[3]), (BINS[3], 0.5)):
-            parts = [part for row in found for part in row["steps"] if low <= part["from"] < high]
-            steps = sum(part["steps"] for part in parts)
-            if steps >= 5:
-                cells = [
-                    sum(part["steps"] * part.get(name, 0) for part in parts) / steps
-                    for name in names
-                ]
-                span = f"{low} to {high}"
-                cells = [f"{x:.3f}" for x in cells[:3]] + [f"{100 * x:.0f}%" for x in cells[3:]]
-                rows.append([group.replace("-", ", ", 1), span, steps, *cells])
-    header = ["model, method", "second weight", "steps", "JS to the largest", "JS to the second"]
-    header += ["JS of the two", "likeliest as for the largest", "as for the second"]
-    return temperatures.markdown(header, rows)
+        rows += [[group.replace("-", ", ", 1), *cells] for cells in step_cells(found)]
+    return temperatures.markdown(["model, method", *STEP_HEADER], rows)
+
+
+def short_step_table():
+    """The same of all methods together, where the second weight is well below the first."""
+    models, rows = {}, []
+    for group, found in groups().items():
+        models.setdefault(group.partition("-")[0], []).extend(found)
+    for model, found in models.items():
+        for cells in list(step_cells(found))[:1]:
+            rows.append([model, *cells[1:]])
+    return temperatures.markdown(["model", *STEP_HEADER[1:]], rows)
+
+
+def window_table():
+    """Hidden-state entropy in windows of WINDOW steps, of all thoughts that are so long: the mean
+    over seeds, models and methods as rows."""
+    rows = []
+    for group, found in groups().items():
+        if "windows" not in found[0]:
+            continue
+        cells = []
+        for outcome in ("right", "wrong"):
+            for n in range(3):
+                inside = [row["windows"][outcome][n] for row in found]
+                inside = [value for thoughts, value in inside if thoughts >= 20]
+                cells.append(f"{mean(inside):.3f}" if len(inside) == len(found) else "")
+        rows.append([group.replace("-", ", ", 1), len(found), *cells])
+    names = [
+        f"{outcome}, steps {WINDOW * n + 1} to {WINDOW * n + WINDOW}"
+        for outcome in ("right", "wrong")
+        for n in range(3)
+    ]
+    return temperatures.markdown(["model, method", "seeds", *names], rows)
 
 
 def main():
