@@ -773,7 +773,7 @@ METHODS = {
 CHOICES = {"method": METHODS, "sampling": SAMPLING, "aggregation": AGGREGATION, "end": END}
 CHOICES["task"] = reasoning_gym.factory.DATASETS
 SMOKE = Path(__file__).with_name("docs") / "smoke_model"  # a tiny model, and its settings
-MAY_BE_0 = "steps lr warmup kl_beta clip"  # as may numbers whose default is 0; no others
+MAY_BE_0 = {"steps", "lr", "warmup", "kl_beta", "clip"}  # and numbers whose default is 0
 MOST = {"warmup": 1, "clip": 1, "seed": 10**6 - 1}
 
 
@@ -807,7 +807,7 @@ def make_config(method="dirichlet", **overrides) -> Config:
         if choices := CHOICES.get(name, get_args(kind)):
             require(value in choices, f"{name} = {value!r}; allowed: {', '.join(choices)}")
         elif kind in (int, float):
-            may_be_0 = getattr(Config, name) == 0 or name in MAY_BE_0.split()
+            may_be_0 = getattr(Config, name) == 0 or name in MAY_BE_0
             least = 0 if may_be_0 else {int: 1, float: 1e-6}[kind]
             most = MOST.get(name, 10**9)
             ok = type(value) in (int, kind) and least <= value <= most

@@ -136,7 +136,7 @@ def after(decoder, patience, threshold=inf):
 
 # ----------------------------------------------------------------------------------- motg's tables
 motg.Config = Config
-motg.MAY_BE_0 += " moi_beta end_entropy"
+motg.MAY_BE_0 |= {"moi_beta", "end_entropy"}
 motg.MOST |= {"top_p": 1, "min_p": 1}
 motg.SAMPLING |= {
     "with-replacement": Candidates(with_replacement, independent),
