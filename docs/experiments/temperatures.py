@@ -392,10 +392,10 @@ def compared(name, temperature=None):
     return [Run(name, temperature, seed) for seed in CHOOSE]
 
 
-def differences(runs, others):
+def differences(runs, others, read="after, own"):
     """Accuracy of runs minus that of others, seed by seed, where both are there."""
     both = [(a.result(), b.result()) for a, b in zip(runs, others)]
-    return [x["after, own"]["pass@1"] - y["after, own"]["pass@1"] for x, y in both if x and y]
+    return [x[read]["pass@1"] - y[read]["pass@1"] for x, y in both if x and y]
 
 
 def comparison_table():
@@ -509,6 +509,12 @@ def paths_square():
         own = [Run(trained, PAPER_T, seed, world="paths") for seed in CHOOSE]
         row.append(interval(accuracies(own, "after, cold")))
     rows[0].append("")
+    rows.append(["own model minus `single`'s", ""])
+    for name in PATHS[1:]:
+        own = [Run(name, PAPER_T, seed, world="paths") for seed in CHOOSE]
+        single = [run._replace(name="single") for run in own]
+        rows[-1].append(interval(differences(own, single, f"after, by {name}"), "+"))
+    rows[-1].append("")
     header = ["trained by", *(f"read by `{name}`" for name in PATHS), "own method at T = 0.1"]
     return markdown(header, rows)
 
