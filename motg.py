@@ -55,7 +55,7 @@ LOGITS_CHUNK = 2**24  # numbers in a chunk of logits (section 6)
 # ---------------------------------------------------------------------------------- 1. settings
 @dataclass
 class Config:
-    """All settings: each is a flag, its comment the help text. "(paper: x)": the paper uses x."""
+    """All settings: each is a flag, its comment the help text; (paper: x), or (ours)."""
 
     # a mixture (section 2), the end of a thought (3), the score of a step (4)
     method: str = "dirichlet"  # a preset of METHODS (section 9)
@@ -63,12 +63,12 @@ class Config:
     aggregation: str = "dirichlet"  # the rule that weights the candidates
     k: int = 2  # candidates a step (paper: 2)
     temperature: float = 0.9  # T in p = softmax(z / T) (paper: 0.9)
-    answer_temperature: float = 0.0  # T of the answer; 0: the same as in the thought
+    answer_temperature: float = 0.0  # T of the answer; 0: the same as in the thought (ours)
     concentration: float = 1.0  # dirichlet: c in w ~ Dir(c p^) (paper: 1)
-    mix_steps: int = 0  # mix in the first n steps of a thought only; 0: in all
-    mix_entropy: float = 0.0  # mix only where H(p) reaches this, in nats
+    mix_steps: int = 0  # mix in the first n steps of a thought only; 0: in all (ours)
+    mix_entropy: float = 0.0  # mix only where H(p) reaches this, in nats (ours)
     logprob: Literal["representative", "weighted", "exact"] = "representative"  # a step's score
-    weight_passes: int = 0  # extra passes, for the gradient through weights computed from p
+    weight_passes: int = 0  # extra passes, for the gradient through weights computed from p (ours)
     end: str = "drawn"  # the rule that ends a thought: drawn or most-likely
     # GRPO (7) and the training loop (8)
     chains: int = 10  # G, the chains (sampled completions) of a prompt (paper: 10 or 5)
@@ -137,8 +137,8 @@ def draw(log_p, generator=None):
 
 class Candidates(NamedTuple):
     """A sampling rule. choose(log_p (B, V), first (B,), cfg, generator) returns tokens (B, k) and
-    their log p, -inf in empty slots. A rule that draws them takes `first`, a draw from p, as the
-    first and as the token read, and has logprob(log_p (..., V), tokens (..., k), cfg) -> (...)."""
+    their log p, -inf in empty slots. A rule that draws them has `first`, drawn from p, in slot 0 as
+    the token read, and has logprob(log_p (..., V), tokens (..., k), cfg) -> (...)."""
 
     choose: Callable
     logprob: Callable = None
@@ -858,18 +858,20 @@ def problems(cfg, tokenizer, stream, items, test):
         number = int(hashlib.sha256(entry["question"].encode()).hexdigest(), 16)
         if (number % 10 == 0) == test and number not in seen:
             seen.add(number)
-            entry["metadata"]["task_settings"] = cfg.task_settings  # four tasks' scorers read them
+            entry.setdefault("metadata", {})["task_settings"] = cfg.task_settings  # for its scorer
             prompt = chat_prompt(tokenizer, entry["question"], cfg)
             if len(tokenizer.encode(prompt, add_special_tokens=False)) <= cfg.max_prompt_tokens:
                 found = True
                 yield cfg.task, entry, prompt
             else:
                 counts["too_long"] += 1
-    require(found, f"no prompt has at most max_prompt_tokens = {cfg.max_prompt_tokens} tokens")
+    require(
+        found, f"no problem with a prompt of max_prompt_tokens = {cfg.max_prompt_tokens} or less"
+    )
 
 
 def train_problem(cfg, tokenizer, n):
-    """Problem n < 10^6 of a run: the first that will do of items n, n + 10^6, ... of its stream."""
+    """Problem n < 10^6 of a run: its stream's first usable item among n, n + 10^6, ..."""
     return next(problems(cfg, tokenizer, 2 + cfg.seed, range(n, 10**9, 10**6), test=False))
 
 
@@ -900,9 +902,9 @@ def rewards(problems, texts):
 
 # -------------------------------------------------------------------------- 11. contained scoring
 # EVALS are eleven scorers: nine execute the model's text (eval, or sympy's parse_expr), two count
-# nan as right. They see only plain arithmetic and lists, as '[1, 2]', 'sin(x)**2' and '3!', and not
-# 'exit()', '().__class__', '9**9**9', '999!', '9!!'. Other scorers hang, die, or give more than 1,
-# so every scorer runs in a forked child, which a timer ends after SECONDS an answer.
+# nan as right. Beside the right answer they see plain arithmetic and lists: '[1, 2]' or '3!', not
+# 'exit()', '().__class__', '9**9**9', '999!'. Some others hang, die, or give more than 1, so every
+# scorer runs in a forked child, which is killed when an answer takes SECONDS.
 EVALS = """countdown puzzle24 polynomial_multiplication simple_integration string_insertion n_queens
 intermediate_integration binary_matrix spiral_matrix number_sorting complex_arithmetic"""
 NAME = r"[A-Za-z]_?\d?|pi|sqrt|exp|log|ln|[aA]bs|Rational|a?(sin|cos|tan)h?|cot|sec|csc"
@@ -923,28 +925,26 @@ def harmless(answer, entry):
 
 def score_each(items, pipe, parents):
     """The child: for each (data set, answer, entry) it sends a score, "refused" or "raised"."""
-    parents.close()  # so that sending fails once the parent has gone
+    parents.close()  # otherwise sending cannot fail when the parent has died
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(60 + 2 * len(items))  # no orphan lives on
     sys.stdout = sys.stderr = None
-    with suppress(ValueError, OSError):  # where this is refused, the time limit still holds
+    with suppress(ValueError, OSError, TypeError):  # without it, the time limit still holds
         used = re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1]
         resource.setrlimit(resource.RLIMIT_DATA, (2**32 + 1024 * int(used),) * 2)
     for data, answer, entry in items:
         verdict = 0.0 if answer is None else "raised"
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
         with suppress(BaseException):  # SystemExit too, and what None raises
             ok = harmless(answer, entry)
             verdict = float(data.score_answer(answer, entry)) if ok else "refused"
-        signal.setitimer(signal.ITIMER_REAL, 0)
         pipe.send(verdict)
 
 
 def scores(items):
-    """The tasks' own scores in [0, 1] of (task, answer, entry) items, each within about 2 s; 0 for
-    None and for what cannot be scored. Where an answer ends the child, a new child goes on."""
-    entry = dataset("chain_sum", 0)[0]
-    jobs, verdicts = [(dataset("chain_sum", 0), entry["answer"], entry)], []  # a known one first
+    """The tasks' own scores in [0, 1] of (task, answer, entry) items; 0 for None, and for what
+    cannot be scored in SECONDS. Where an answer ends the child, a new child goes on behind it."""
+    jobs, verdicts = [], []
     for task, answer, entry in items:
         data = dataset(task, 0, entry["metadata"].get("task_settings", "{}"))
         jobs.append((data, answer, entry))
@@ -952,16 +952,17 @@ def scores(items):
     while len(verdicts) < len(jobs):
         left = jobs[len(verdicts) :]
         ours, theirs = fork.Pipe(duplex=False)
-        fork.Process(target=score_each, args=(left, theirs, ours), daemon=True).start()
+        child = fork.Process(target=score_each, args=(left, theirs, ours), daemon=True)
+        child.start()
         theirs.close()
-        with suppress(EOFError, OSError):  # the kernel has ended the child
-            for _ in left:
+        with suppress(EOFError, OSError):  # the child has died
+            while len(verdicts) < len(jobs) and ours.poll(SECONDS):
                 verdicts.append(ours.recv())
+        child.kill()
         if len(verdicts) < len(jobs):
             verdicts.append("died")
-        require(verdicts[0] == 1, f"scoring does not work here: a right sum scored {verdicts[0]}")
     counts.update(verdict for verdict in verdicts if isinstance(verdict, str))
-    return [x if isinstance(x, float) and 0 <= x <= 1 else 0.0 for x in verdicts[1:]]
+    return [x if isinstance(x, float) and 0 <= x <= 1 else 0.0 for x in verdicts]
 
 
 def score(task, answer, entry) -> float:
@@ -1004,6 +1005,8 @@ def device_of(cfg):
 def load_model(cfg, name=None):
     """An fp32 model (by default cfg.model), on its device, and its tokenizer. Raises UserError."""
     device = device_of(cfg)
+    entry = dataset("chain_sum", 0)[0]
+    require(score("chain_sum", entry["answer"], entry) == 1, "scoring does not work here")
     name = name or cfg.model or smoke_model(cfg)
     transformers.utils.logging.disable_progress_bar()
     with refusing(f"model {str(name)!r} cannot be loaded; allowed: a hub name or a folder"):
@@ -1069,9 +1072,8 @@ def begin(cfg):
     require(cfg.chains > 1, f"chains = {cfg.chains}; allowed: 2 or more, for GRPO compares them")
     device_of(cfg)
     path = Path(cfg.out, "trainer.pt")
-    free = cfg.resume or not path.with_name("config.json").exists()
-    require(free, f"out = {cfg.out!r} has a run; allowed: --resume, or another folder")
-    scores([])  # raises where scoring does not work
+    free = cfg.resume or not (path.exists() or path.with_name("config.json").exists())
+    require(free and cfg.out, f"out = {cfg.out!r}; allowed: a folder without a run, or --resume")
     policy, tokenizer = load_model(cfg)
     reference = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_beta else None
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, (0.9, 0.99), 1e-8, 0.1, fused=True)
@@ -1090,7 +1092,7 @@ def begin(cfg):
 
 
 def write(cfg, name, content):
-    """Writes a file of the run's folder, never in part; trainer.pt is all that --resume needs."""
+    """Writes a file of a run's folder, never in part; --resume needs config.json and trainer.pt."""
     path = Path(cfg.out, name)
     new = path.with_suffix(".new")
     with refusing(f"{path} was not written; --resume goes on from the last checkpoint"):
@@ -1125,7 +1127,7 @@ def hidden_probe(model, r, chains=32):
 
 
 def evaluate(model, tokenizer, cfg, generator, tests, probes=False):
-    """Accuracy of sampled chains: pass@k, its standard error over problems, the probes' means."""
+    """Of sampled chains: pass@k, the standard error of pass@1 over problems, the probes' means."""
     generator.manual_seed(cfg.seed)
     correct, means, G, n = [], Counter(), cfg.chains, len(tests)
     for part in (tests[i : i + 32] for i in range(0, n, 32)):  # the caches of 32 prompts fit

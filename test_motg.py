@@ -861,18 +861,9 @@ class Misdeed(dict):
 
 
 def children(child):
-    """Scores come from children that run `child` in place of motg's; nothing is counted yet."""
+    """Scores come from children that run `child`, within a second; nothing is counted yet."""
     motg.counts.clear()
-    return mock.patch.object(motg, "score_each", child)
-
-
-def impatient(*given):
-    """A child that gives an answer one second, so that a test need not wait for two."""
-    motg.SECONDS = 1.0
-    SCORE_EACH(*given)
-
-
-SCORE_EACH = motg.score_each
+    return mock.patch.multiple(motg, score_each=child, SECONDS=1.0)
 
 
 @pytest.fixture
@@ -888,6 +879,7 @@ def score_sum(here):
     return score
 
 
+ORDINARY = motg.score_each  # a child as motg has it
 MISDEEDS = [("died", "os._exit(0)"), ("died", "os.kill(os.getpid(), 9)"), ("died", "9**9**9")]
 MISDEEDS += [("raised", "1/0"), ("raised", "sys.exit(0)"), ("raised", "quit()")]
 MISDEEDS += [("raised", "[bytes(1 << 28) for _ in range(40)]"), ("raised", "bytearray(1 << 40)")]
@@ -914,25 +906,39 @@ def test_an_interrupted_score_is_not_the_next_answers(score_sum):
 def test_a_scorer_that_cannot_work_is_one_line_and_not_zeros(child, score_sum, capsys):
     """One child returns at once, the other says that the right answer scores 0."""
     with children(child):
-        with pytest.raises(UserError, match="^scoring does not work[^\n]*$"):
-            score_sum()
-        refused("train --smoke", "scoring does not work", capsys)
+        for command in ("train", "eval"):
+            refused(f"{command} --smoke", "scoring does not work", capsys)
     assert score_sum() == 1.0
+
+
+def hung(items, pipe, parents):
+    """A child that does not answer, and whose own child holds the pipe when it has been killed."""
+    if os.fork() == 0:
+        time.sleep(6)
+        os._exit(0)
+    signal.pause()
+
+
+def test_a_child_that_hangs_is_killed_and_leaves_no_one_waiting(score_sum):
+    began = time.perf_counter()
+    with children(hung):
+        assert score_sum() == 0.0 and motg.counts == {"died": 1}
+    assert time.perf_counter() - began < 4 and score_sum() == 1.0
 
 
 def without_limits(*given):
     """On a system that refuses every limit, as macOS refuses some."""
     resource.setrlimit = mock.Mock(side_effect=ValueError("not allowed to raise maximum limit"))
-    impatient(*given)
+    ORDINARY(*given)
 
 
 def laden(*given):
     """In a program that has much in use, as the threads of a BLAS library have."""
     laden.ballast = bytes(3 << 30)
-    impatient(*given)
+    ORDINARY(*given)
 
 
-@cases("child, most", [(impatient, 4), (laden, 4), (without_limits, None)])
+@cases("child, most", [(ORDINARY, 4), (laden, 4), (without_limits, None)])
 def test_an_answer_has_4_gib_beyond_what_is_in_use_and_always_its_time(child, most, score_sum):
     with children(child):
         assert score_sum(code="bytes(7 << 29)") == 1.0  # 3.5 GiB

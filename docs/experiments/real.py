@@ -58,13 +58,13 @@ def config_of(method, temperature, seed=0, **more):
     return motg.make_config(**SETTINGS | own | more)
 
 
-own_score = motg.score
+own_scores = motg.scores
 
 
-def all_or_nothing(task, answer, entry):
+def all_or_nothing(items):
     """Reasoning-Gym gives an answer that contains the right one a part of the score: "12" earns 0.5
     where 1 is right, and where 2 is. Trained with that, a model learns to answer "24" or "232"."""
-    return float(own_score(task, answer, entry) == 1)
+    return [float(score == 1) for score in own_scores(items)]
 
 
 def read_out(model, tokenizer, cfg):
@@ -113,7 +113,7 @@ def one_run(job):
     path, began = path_of(method, temperature, seed), time.perf_counter()
     if path.exists():
         return
-    motg.score = all_or_nothing
+    motg.scores = all_or_nothing
     torch.set_num_threads(1)
     found = {"method": method, "temperature": temperature, "seed": seed}
     if method:

@@ -37,7 +37,7 @@ def test_no_answer_runs_code_or_hangs(here):
     hostile += ["".join(text * n for text, n in parts) for parts in ANSWERS["long"]]
     tasks = EVALUATING + ANSWERS["other tasks"]
     assert len(set(hostile)) == 182 and len(set(tasks)) == 22
-    with tests.children(tests.impatient):
+    with tests.children(tests.ORDINARY):
         _, entry, right = tests.entry_of("chain_sum")
         assert motg.score("chain_sum", right, tests.Misdeed(entry | {"code": OPENS})) == 1.0
         (here / "C").unlink()  # so a child that runs an answer leaves a file here

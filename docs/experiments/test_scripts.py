@@ -234,7 +234,7 @@ def test_all_or_nothing_gives_no_part():
     items = motg.dataset("gcd", 0, settings)
     entry = next(items[n] for n in range(500) if items[n]["answer"] == "1")
     assert 0 < motg.score("gcd", "12", entry) < 1
-    assert [real.all_or_nothing("gcd", answer, entry) for answer in ("12", "1")] == [0, 1]
+    assert real.all_or_nothing([("gcd", answer, entry) for answer in ("12", "1")]) == [0, 1]
     assert Path(real.config_of("dirichlet", 0.3).shots).exists()
 
 
