@@ -1073,7 +1073,7 @@ def begin(cfg):
     device_of(cfg)
     path = Path(cfg.out, "trainer.pt")
     free = cfg.resume or not (path.exists() or path.with_name("config.json").exists())
-    require(free and cfg.out, f"out = {cfg.out!r}; allowed: a folder without a run, or --resume")
+    require(free and cfg.out, f"out = {cfg.out!r}; allowed: --resume, or a folder without a run")
     policy, tokenizer = load_model(cfg)
     reference = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_beta else None
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, (0.9, 0.99), 1e-8, 0.1, fused=True)
