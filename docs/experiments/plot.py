@@ -232,11 +232,8 @@ def by_k(variant, rules, ks):
 
 
 BASES = ("base soft", "base soft+random", "base random")
-AROUND = [
-    f"base {soft} {what}"
-    for what in ("steps=3000", "m=3", "m=5", "width=64", "width=256")
-    for soft in ("soft", "random")
-]
+AROUND = [f"base {how} {n}" for n in ("steps=3000", "m=3", "m=5") for how in ("soft", "random")]
+AROUND += ["base soft width=64", "base soft width=256"]
 LEARNERS = ("single", "single T=0.3", "multiplex", "different-tokens", "dirichlet")
 LEARNERS += ("soft-thinking", "soft-thinking exact")
 READS = ("single T=1", "single T=0.1", "different-tokens k=8", "multiplex k=8")

@@ -101,7 +101,8 @@ DRAWN = {
     },
     "single tokens, all cold": {"method": "single", "temperature": 0.1},
 }
-LONG = ("single", "different-tokens", "soft-thinking")  # these train for 400 steps too
+LONG = [(name, CHOOSE) for name in ("single", "different-tokens", "soft-thinking")]
+LONG += [(name, SCORED) for name in ("single", "multiplex")]  # these train for 400 steps too
 WIDE = ("single", "different-tokens", "multiplex")  # at T = 0.9 these are read with 32 chains too
 T95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, by the number of seeds
 
@@ -279,7 +280,7 @@ def stages():
     for rate in (RATES[0], RATES[2]):
         yield [Run(name, best(name)[0], seed, rate) for seed in RATED for name in METHODS]
     yield [Run(name, *at(name, seed)) for seed in COMPARE for name in METHODS]
-    yield [Run(name, PAPER_T, seed, steps=400) for seed in CHOOSE for name in LONG]
+    yield [Run(name, PAPER_T, seed, steps=400) for name, seeds in LONG for seed in seeds]
     yield [Run(name, PAPER_T, seed) for seed in CHOOSE for name in CONTROLS]
     yield [Run(name, *at(name, seed), chains=CHAINS // 2) for seed in COMPARE for name in METHODS]
     yield [Run(name, PAPER_T, seed) for seed in SCORED for name in METHODS | SCORES]
@@ -356,9 +357,9 @@ def diversity_table():
 def long_table():
     """80 and 400 steps at T = 0.9, read as trained and at T = 0.1."""
     rows = []
-    for name in LONG:
+    for name, seeds in LONG:
         runs = {
-            steps: [Run(name, PAPER_T, s, steps=steps) for s in CHOOSE] for steps in (STEPS, 400)
+            steps: [Run(name, PAPER_T, s, steps=steps) for s in seeds] for steps in (STEPS, 400)
         }
         both = [pair for pair in zip(*runs.values()) if all(run.path.exists() for run in pair)]
         cells = [
@@ -366,9 +367,9 @@ def long_table():
             for read in ("after, own", "after, cold")
             for n in (0, 1)
         ]
-        single = [Run("single", PAPER_T, s, steps=400) for s in CHOOSE]
+        single = [run._replace(name="single") for run in runs[400]]
         ahead = interval(differences(runs[400], single), "+") if name != "single" else ""
-        rows.append([f"`{name}`", len(both), *cells, ahead])
+        rows.append([f"`{name}`", f"{seeds[0]} to {seeds[-1]}", *cells, ahead])
     header = [f"{read}, {n} steps" for read in ("as trained", "at T = 0.1") for n in (STEPS, 400)]
     return markdown(["", "seeds", *header, "400 steps, minus `single`"], rows)
 
