@@ -369,7 +369,8 @@ def long_table():
         ]
         single = [run._replace(name="single") for run in runs[400]]
         ahead = interval(differences(runs[400], single), "+") if name != "single" else ""
-        rows.append([f"`{name}`", f"{seeds[0]} to {seeds[-1]}", *cells, ahead])
+        found = [run.seed for run, _ in both]
+        rows.append([f"`{name}`", f"{found[0]} to {found[-1]}" if found else "", *cells, ahead])
     header = [f"{read}, {n} steps" for read in ("as trained", "at T = 0.1") for n in (STEPS, 400)]
     return markdown(["", "seeds", *header, "400 steps, minus `single`"], rows)
 
