@@ -684,8 +684,7 @@ def collect(sampler, tokenizer, cfg, steps, generator):
     r, parts = attempt(sampler, tokenizer, batch, cfg, generator)
     reward = r.logprob.new_tensor([part["reward"] for part in parts]).view(-1, cfg.chains)  # (n, G)
     means = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
-    equal = (reward == reward[:, :1]).all(1)  # (n,) their advantages are 0
-    means["no_gradient"] = equal.float().mean().item()
+    means["no_gradient"] = (reward == reward[:, :1]).all(1).float().mean().item()  # all A are 0
     bad = {name: counts[name] for name in ("too_long", "refused", "raised", "died")}
     log = {"step": steps.start, **means, **step_probes(r), **bad}
     return r, group_advantages(reward).flatten(), parts, log
