@@ -108,7 +108,6 @@ class Config:
 #     top 2     a, b     with p^ = p' over the candidates alone = (0.625, 0.375)
 #     weights   w = p^, or drawn around it: w ~ Dir(c p^), say (0.7, 0.3)
 #     next      0.7 E[a] + 0.3 E[b]
-#
 # An ordinary token is a mixture whose first weight is 1, so answers, the single-token baseline and
 # the end tag need no code of their own. A candidate fills a slot; a slot with log-weight -inf is
 # empty. The representative, also called the token read, is the candidate that goes into the text.
@@ -196,7 +195,6 @@ def dirichlet_logdensity(log_hat, log_w, filled, cfg):
     return (terms * filled).sum(-1) + (a * filled).sum(-1).lgamma()
 
 
-# A rule of your own is one more row. docs/tools/field.py adds other papers' rules in this way.
 SAMPLING = {"top-k": Candidates(top_k)}
 SAMPLING["without-replacement"] = Candidates(without_replacement, plackett_luce)
 AGGREGATION = {"probability": Weights(), "dirichlet": Weights(dirichlet, dirichlet_logdensity)}
@@ -303,12 +301,10 @@ END = {
 #     FORCED   a rule put this token in                                     0
 #     TOKEN    y ~ p was fed: in an answer, to end a thought, or unmixed    log p(y)
 #     MIXED    y ~ p did not end the thought, so a mixture was fed          one of three scores
-#
 # If draws without replacement gave a, then b, in the example, and w = p^, the three scores are
 #     representative   log p of the token read  log 0.40                                     = -0.92
 #     weighted         sum_i w_i log p(v_i)     0.625 log 0.40 + 0.375 log 0.24              = -1.11
 #     exact            of all that was drawn    log 0.80 + log 0.50 + log(0.30 / (1 - 0.50)) = -1.43
-#
 # The paper scores tokens, by the first two. `exact` makes R grad log P an unbiased estimate of the
 # policy gradient (where w = p^, with section 6's extra passes). For a MIXED step it is the sum of
 #     log(1 - p_end)    p_end is the chance that y ~ p ends the thought (section 3)
@@ -378,7 +374,6 @@ def going_on(log_p, step, tag):
 #         if the thought is open and y does not end it:
 #             v, w, read = sample_mixture(z without the ending tokens, first=y)
 #         inputs, text = inputs + [sum_i w_i E[v_i]], text + [read]
-#
 # This section does so for all chains at once. Prompts are padded on the left, so step t of each row
 # is at place P + t of the cache. A prompt is read once and copied to its G chains. A step works in
 # place and never asks the GPU for a value, so that CUDA can replay it as one graph.
@@ -564,10 +559,8 @@ def completion_hidden(model, r, log_weights):
     """The last layer's hidden states (B, T, d), from which the head predicts each step."""
     _, chains = torch.unique_consecutive(r.prompt, return_counts=True)  # (n,) rows a prompt
     first = chains.cumsum(0) - chains  # (n,) a prompt's first row
-    ids = r.prompt_ids[first]  # (n, P)
-    mask = r.prompt_mask[first]
     cache = transformers.DynamicCache(config=model.config)
-    read = forward(model, ids, mask, cache)  # (n, P, d)
+    read = forward(model, r.prompt_ids[first], r.prompt_mask[first], cache)  # (n, P, d)
     cache.batch_repeat_interleave(chains)
     table = model.get_input_embeddings().weight
     embeds = mixture_embedding(table, r.tokens, log_weights)  # (B, T, d)
@@ -918,48 +911,57 @@ def harmless(answer, entry):
     right = (str(entry["answer"]).strip(), *entry["metadata"].get("valid_answers", ()))
     plain = re.fullmatch(PLAIN, answer, re.ASCII) and not re.search(HUGE, answer)
     short = len(answer) <= max(4096, 4 * len(right[0]))
-    evaluates = entry["metadata"].get("source_dataset") in EVALS.split()
-    return answer.strip() in right or (short and (plain or not evaluates))
+    plain = plain or entry["metadata"].get("source_dataset") not in EVALS.split()
+    return answer.strip() in right or (short and plain)
 
 
-def score_each(items, pipe, parents):
-    """The child: for each (data set, answer, entry) it sends a score, "refused" or "raised"."""
-    parents.close()  # otherwise sending cannot fail when the parent has died
+def score_each(pipe, parents):
+    """The child: for each (task, answer, entry) it sends a score, "refused" or "raised"."""
+    parents.close()  # so that recv ends when the parent has died
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(60 + 2 * len(items))  # no orphan lives on
     sys.stdout = sys.stderr = None
     with suppress(ValueError, OSError, TypeError):  # without it, the time limit still holds
         used = re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1]
         resource.setrlimit(resource.RLIMIT_DATA, (2**32 + 1024 * int(used),) * 2)
-    for data, answer, entry in items:
-        verdict = 0.0 if answer is None else "raised"
-        with suppress(BaseException):  # SystemExit too, and what None raises
-            ok = harmless(answer, entry)
-            verdict = float(data.score_answer(answer, entry)) if ok else "refused"
-        pipe.send(verdict)
+    while items := pipe.recv():
+        signal.alarm(60 + 2 * len(items))  # no orphan lives on
+        for task, answer, entry in items:
+            verdict = 0.0 if answer is None else "raised"
+            with suppress(BaseException):  # SystemExit too, and what None raises
+                data = dataset(task, 0, entry["metadata"].get("task_settings", "{}"))
+                ok = harmless(answer, entry)
+                verdict = float(data.score_answer(answer, entry)) if ok else "refused"
+            pipe.send(verdict)
+        signal.alarm(0)
+
+
+@lru_cache(maxsize=1)
+def scorer():
+    """(process, pipe) of a child, forked. It never touches CUDA."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    child = fork.Process(target=score_each, args=(theirs, ours), daemon=True)
+    child.start()
+    theirs.close()
+    return child, ours
 
 
 def scores(items):
     """The tasks' own scores in [0, 1] of (task, answer, entry) items; 0 for None, and for what
     cannot be scored in SECONDS. Where an answer ends the child, a new child goes on behind it."""
-    jobs, verdicts = [], []
-    for task, answer, entry in items:
-        data = dataset(task, 0, entry["metadata"].get("task_settings", "{}"))
-        jobs.append((data, answer, entry))
-    fork = multiprocessing.get_context("fork")
-    while len(verdicts) < len(jobs):
-        left = jobs[len(verdicts) :]
-        ours, theirs = fork.Pipe(duplex=False)
-        child = fork.Process(target=score_each, args=(left, theirs, ours), daemon=True)
-        child.start()
-        theirs.close()
-        with suppress(EOFError, OSError):  # the child has died
-            while len(verdicts) < len(jobs) and ours.poll(SECONDS):
-                verdicts.append(ours.recv())
-        child.kill()
-        if len(verdicts) < len(jobs):
-            verdicts.append("died")
+    verdicts = []
+    while len(verdicts) < len(items):
+        child, pipe = scorer()
+        try:
+            with suppress(EOFError, OSError):  # the child has died
+                pipe.send(items[len(verdicts) :])
+                while len(verdicts) < len(items) and pipe.poll(SECONDS):
+                    verdicts.append(pipe.recv())
+        finally:
+            if len(verdicts) < len(items):  # or interrupted: no late verdict for the next answer
+                scorer.cache_clear()
+                child.kill()
+                verdicts.append("died")
     counts.update(verdict for verdict in verdicts if isinstance(verdict, str))
     return [x if isinstance(x, float) and 0 <= x <= 1 else 0.0 for x in verdicts]
 

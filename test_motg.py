@@ -863,6 +863,7 @@ class Misdeed(dict):
 def children(child):
     """Scores come from children that run `child`, within a second; nothing is counted yet."""
     motg.counts.clear()
+    motg.scorer.cache_clear()
     return mock.patch.multiple(motg, score_each=child, SECONDS=1.0)
 
 
@@ -902,18 +903,16 @@ def test_an_interrupted_score_is_not_the_next_answers(score_sum):
     assert score_sum("x") < 1 and score_sum() == 1.0
 
 
-@cases("child", [lambda *given: None, lambda items, pipe, parents: pipe.send(0.0)])
+@cases("child", [lambda *given: None, lambda pipe, parents: pipe.send(0.0)])
 def test_a_scorer_that_cannot_work_is_one_line_and_not_zeros(child, score_sum, capsys):
-    """One child returns at once, the other says that the right answer scores 0."""
     with children(child):
         for command in ("train", "eval"):
             refused(f"{command} --smoke", "scoring does not work", capsys)
     assert score_sum() == 1.0
 
 
-def hung(items, pipe, parents):
-    """A child that does not answer, and whose own child holds the pipe when it has been killed."""
-    if os.fork() == 0:
+def hung(pipe, parents):
+    if os.fork() == 0:  # this one still holds the pipe when its parent has been killed
         time.sleep(6)
         os._exit(0)
     signal.pause()
@@ -944,6 +943,7 @@ def test_an_answer_has_4_gib_beyond_what_is_in_use_and_always_its_time(child, mo
         assert score_sum(code="bytes(7 << 29)") == 1.0  # 3.5 GiB
         assert score_sum(code="bytes(9 << 29)") == (0.0 if most else 1.0)
         assert score_sum(code="9**9**9") == 0.0 and motg.counts["died"] == 1
+    motg.scorer.cache_clear()
 
 
 OWN_TASK = """
