@@ -324,6 +324,7 @@ def step(a, name):
         settings = {"task": smoke.task, "task_settings": smoke.task_settings}
         settings |= {"chains": a.chains, "prompts_per_step": a.prompts, "max_new_tokens": a.new}
         policy, tokenizer = build(name, a)
+    motg.scorer()  # started before anything is timed
     a.prompt, cases = 0, {}  # 0: the task's own
     for precision in a.precision:
         learner = Learner(copy.deepcopy(policy), motg.make_config(**settings, precision=precision))
