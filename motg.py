@@ -58,7 +58,7 @@ class Config:
     """All settings: each is a flag, its comment the help text; (paper: x), or (ours)."""
 
     # a mixture (section 2), the end of a thought (3), the score of a step (4)
-    method: str = "dirichlet"  # a preset of METHODS (section 9)
+    method: str = "dirichlet"  # a preset of METHODS (section 9; more in docs/tools/field.py)
     sampling: str = "top-k"  # the rule that chooses the candidates
     aggregation: str = "dirichlet"  # the rule that weights the candidates
     k: int = 2  # candidates a step (paper: 2)
@@ -67,7 +67,7 @@ class Config:
     concentration: float = 1.0  # dirichlet: c in w ~ Dir(c p^) (paper: 1)
     mix_steps: int = 0  # mix in the first n steps of a thought only; 0: in all (ours)
     mix_entropy: float = 0.0  # mix only where H(p) reaches this, in nats (ours)
-    logprob: Literal["representative", "weighted", "exact"] = "representative"  # a step's score
+    logprob: str = "representative"  # a step's score: representative, weighted or exact (ours)
     weight_passes: int = 0  # extra passes, for the gradient through weights computed from p (ours)
     end: str = "drawn"  # the rule that ends a thought: drawn or most-likely
     # GRPO (7) and the training loop (8)
@@ -438,12 +438,12 @@ class Decoder:
         self.head, self.tag = model.get_output_embeddings(), tag_of(model, tokenizer)
         self.tag_ids = ids.new_tensor(tokenizer.encode(TAG, add_special_tokens=False))
         (n, self.P), T = mask.shape, cfg.max_new_tokens
-        slots = (self.P + T + 15) // 16 * 16  # attention would pad other lengths in each layer
-        self.cache = transformers.StaticCache(config=model.config, max_cache_len=slots)
+        places = (self.P + T + 15) // 16 * 16  # attention would pad other lengths in each layer
+        self.cache = transformers.StaticCache(config=model.config, max_cache_len=places)
         hidden = forward(model, ids, mask, self.cache)  # (n, P, d)
         self.logits = self.head(hidden[:, -1])  # (n, V)
         self.start = mask.sum(1, keepdim=True)  # (n, 1) lengths of the prompts
-        closed = F.pad(~mask, (0, slots - self.P), value=True)[:, None, None]  # (n, 1, 1, slots)
+        closed = F.pad(~mask, (0, places - self.P), value=True)[:, None, None]  # (n, 1, 1, S)
         self.attention_bias = closed.to(model.dtype) * -1e9  # 0 where a row may look, else -1e9
         self.matched = ids.new_zeros(n)  # the text's state
         self.rows = torch.arange(n * cfg.chains, device=ids.device)  # (B,) rows of the record
@@ -763,6 +763,7 @@ METHODS = {
     "soft-thinking": {"sampling": "top-k", "aggregation": "probability"},
 }
 CHOICES = {"method": METHODS, "sampling": SAMPLING, "aggregation": AGGREGATION, "end": END}
+CHOICES["logprob"] = "representative", "weighted", "exact"
 CHOICES["task"] = reasoning_gym.factory.DATASETS
 SMOKE = Path(__file__).with_name("docs") / "smoke_model"  # a tiny model, and its settings
 MAY_BE_0 = {"steps", "lr", "warmup", "kl_beta", "clip"}  # and numbers whose default is 0
@@ -840,7 +841,7 @@ def chat_prompt(tokenizer, question, cfg):
     return prompt if prompt.rstrip().endswith("<think>") else prompt + "<think>\n"
 
 
-def problems(cfg, tokenizer, stream, items, test):
+def usable_problems(cfg, tokenizer, stream, items, test):
     """Yields the problems (task, entry, prompt) of one split of a stream's items, each once."""
     seen, found = set(), False
     for i in (stream * 10**9 + item for item in items):
@@ -857,19 +858,17 @@ def problems(cfg, tokenizer, stream, items, test):
                 yield cfg.task, entry, prompt
             else:
                 counts["too_long"] += 1
-    require(
-        found, f"no problem with a prompt of max_prompt_tokens = {cfg.max_prompt_tokens} or less"
-    )
+    require(found, f"no prompt is within max_prompt_tokens = {cfg.max_prompt_tokens}")
 
 
 def train_problem(cfg, tokenizer, n):
     """Problem n < 10^6 of a run: its stream's first usable item among n, n + 10^6, ..."""
-    return next(problems(cfg, tokenizer, 2 + cfg.seed, range(n, 10**9, 10**6), test=False))
+    return next(usable_problems(cfg, tokenizer, 2 + cfg.seed, range(n, 10**9, 10**6), test=False))
 
 
 def test_problems(cfg, tokenizer):
     """Up to `eval_problems` distinct test problems, the same for every seed."""
-    stream = problems(cfg, tokenizer, 0, range(60 * cfg.eval_problems), test=True)
+    stream = usable_problems(cfg, tokenizer, 0, range(60 * cfg.eval_problems), test=True)
     return [problem for _, problem in zip(range(cfg.eval_problems), stream)]
 
 
@@ -919,6 +918,7 @@ def score_each(pipe, parents):
     """The child: for each (task, answer, entry) it sends a score, "refused" or "raised"."""
     parents.close()  # so that recv ends when the parent has died
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # whatever the program around has set
     sys.stdout = sys.stderr = None
     with suppress(ValueError, OSError, TypeError):  # without it, the time limit still holds
         used = re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1]

@@ -6,7 +6,9 @@ How a scorer's child is contained is tested in test_motg.py.
 
 import inspect
 import json
+import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -51,6 +53,22 @@ def test_no_answer_runs_code_or_hangs(here):
                 assert time.perf_counter() - began < 4, (task, answer[:80])
             assert motg.score(task, right, entry) == 1.0 and not list(here.iterdir()), task
     assert motg.counts["died"] <= 60  # nearly all are refused before
+
+
+def test_the_alarm_that_ends_an_orphan_works_whatever_the_program_does_with_it():
+    """The trainer ignores SIGALRM here; its child must die of it all the same."""
+    before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    try:
+        motg.scorer.cache_clear()
+        _, entry, right = tests.entry_of("chain_sum")
+        assert motg.score("chain_sum", right, entry) == 1.0
+        child, _ = motg.scorer()
+        os.kill(child.pid, signal.SIGALRM)
+        child.join(timeout=10)
+        assert child.exitcode == -signal.SIGALRM
+    finally:
+        motg.scorer.cache_clear()
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_the_evaluating_tasks_are_these_and_their_scorers_run_what_they_read(here):

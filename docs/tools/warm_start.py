@@ -17,7 +17,7 @@ import transformers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from motg import TAG, make_config, problems
+from motg import TAG, make_config, usable_problems
 
 
 def demonstrate_sum(entry, rng):
@@ -71,7 +71,8 @@ def warm_start(cfg, words=WORDS, demonstrate=demonstrate_sum, steps=500, batch=6
     model, tokenizer = small_model(words, cfg.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    stream, rng = problems(cfg, tokenizer, 1, range(10**9), test=False), random.Random(cfg.seed)
+    stream = usable_problems(cfg, tokenizer, 1, range(10**9), test=False)
+    rng = random.Random(cfg.seed)
     for _ in tqdm(range(steps), desc="warm start", leave=False, disable=None):
         part = list(islice(stream, batch))
         texts = [prompt + demonstrate(entry, rng) for _, entry, prompt in part]
