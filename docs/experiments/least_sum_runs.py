@@ -113,17 +113,17 @@ def central():
 
 def around():
     """The same, of what else a base could have been: more steps, other lengths and widths."""
+    sizes = {"m=3": {"count": 3, "max_value": 19}}
+    sizes["m=5"] = {"count": 5, "max_value": 29, "steps": 4000}
+    sizes["m=6"] = {"count": 6, "max_value": 39, "steps": 4000}
+    sizes["steps=3000"] = WORLD | {"steps": 3000}
+    widths = {"width=64": WORLD | {"width": 64}, "width=256": WORLD | {"width": 256}}
+    widths["width=256 lr=1e-3"] = WORLD | {"width": 256, "lr": 1e-3}
     found = {}
-    for supervision in ("soft", "random"):
-        here = {"supervision": supervision}
-        sizes = {"m=3": {"count": 3, "max_value": 19}}
-        sizes["m=5"] = {"count": 5, "max_value": 29, "steps": 4000}
-        sizes["m=6"] = {"count": 6, "max_value": 39, "steps": 4000}
-        sizes["steps=3000"] = WORLD | {"steps": 3000}
-        sizes["width=64"] = WORLD | {"width": 64}
-        sizes["width=256"] = WORLD | {"width": 256}
-        for name, base in sizes.items():
-            found[f"base {supervision} {name}"] = base | here, None, SOME, 3
+    for supervision in ("soft", "random", "best"):
+        for name, base in (sizes | widths if supervision != "best" else sizes).items():
+            base = base | {"supervision": supervision}
+            found[f"base {supervision} {name}"] = base, None, SOME, 3
     for name in ("single", "single T=0.3"):
         how = LEARNERS[name]
         base = WORLD | {"supervision": "random"}

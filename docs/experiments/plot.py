@@ -231,9 +231,14 @@ def by_k(variant, rules, ks):
     return markdown(["", *(f"k = {k}" for k in ks)], rows)
 
 
-BASES = ("base soft", "base soft+random", "base random")
-AROUND = [f"base {how} {n}" for n in ("steps=3000", "m=3", "m=5") for how in ("soft", "random")]
-AROUND += ["base soft width=64", "base soft width=256"]
+BASES = ("base soft", "base soft+random", "base random", "base soft+best", "base best")
+HOW = ("soft", "random", "best")  # what a base of AROUND was taught
+AROUND = [f"base {how} {n}" for n in ("steps=3000", "m=3", "m=5", "m=6") for how in HOW]
+AROUND += [f"base {how} {n}" for n in ("width=64", "width=256 lr=1e-3") for how in HOW[:2]]
+AROUND += [
+    "base soft width=256",
+    *(f"grpo {name} from random" for name in ("single", "single T=0.3")),
+]
 LEARNERS = ("single", "single T=0.3", "multiplex", "different-tokens", "dirichlet")
 LEARNERS += ("soft-thinking", "soft-thinking exact")
 READS = ("single T=1", "single T=0.1", "different-tokens k=8", "multiplex k=8")
@@ -259,6 +264,7 @@ def all_tables():
         "temperatures": temperatures.temperature_table(),
         "rates": temperatures.rate_table(),
         "half": temperatures.half_table(),
+        "cold": temperatures.cold_table(),
         "ends": ends(),
         "bias": bias(),
         "by_k": by_k("base soft", rules, (2, 4, 8, 16, 32)),

@@ -11,7 +11,8 @@ docs/experiments/results/temperatures; one that is there is not repeated.
 Seeds 0 to 4 train every method at every temperature, and are read on 250 test problems x 8 chains.
 They choose each method's temperature, and seeds 0 and 1 its learning rate there. Seeds 5 to 9
 compare: each method at what was chosen for it, read before and after on 1,000 problems. Nothing is
-chosen for the paper's T = 0.9: there seeds 0 to 4 compare. Seeds 10 to 14 compare scores there. In
+chosen for the paper's T = 0.9: there seeds 0 to 4 compare. Seeds 10 to 14 compare scores there, and
+half the chains, and train at T = 0.1 for 400 steps. In
 the world of paths.py seeds 0 to 4 compare methods at three temperatures, and read each model that
 was trained at T = 0.9 by every method. A run takes about a minute on one thread
 of an AMD EPYC with bf16, one that is read on 1,000 problems two, and 400 steps take four.
@@ -103,6 +104,8 @@ DRAWN = {
 }
 LONG = [(name, CHOOSE) for name in ("single", "different-tokens", "soft-thinking")]
 LONG += [(name, SCORED) for name in ("single", "multiplex")]  # these train for 400 steps too
+COLD = ("single", "different-tokens", "multiplex")  # and these at T = 0.1
+HALVED = ("single", "dirichlet", "different-tokens", "multiplex")  # with 4 chains at T = 0.9 too
 WIDE = ("single", "different-tokens", "multiplex")  # at T = 0.9 these are read with 32 chains too
 T95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, by the number of seeds
 
@@ -284,6 +287,8 @@ def stages():
     yield [Run(name, PAPER_T, seed) for seed in CHOOSE for name in CONTROLS]
     yield [Run(name, *at(name, seed), chains=CHAINS // 2) for seed in COMPARE for name in METHODS]
     yield [Run(name, PAPER_T, seed) for seed in SCORED for name in METHODS | SCORES]
+    yield [Run(name, PAPER_T, seed, chains=CHAINS // 2) for seed in SCORED for name in HALVED]
+    yield [Run(name, COLD_T, s, steps=n) for s in SCORED for n in (400, STEPS) for name in COLD]
     for T in PATHS_T:
         names = (*PATHS, "noise") if T == PAPER_T else PATHS
         yield [Run(name, T, seed, world="paths") for seed in CHOOSE for name in names]
@@ -376,15 +381,38 @@ def long_table():
 
 
 def half_table():
-    """Half the chains at each method's best temperature."""
+    """Half the chains, at each method's best temperature and at T = 0.9."""
     rows = []
-    for name in METHODS:
-        whole = compared(name)
-        half = [run._replace(chains=CHAINS // 2) for run in whole]
-        both = [pair for pair in zip(half, whole) if all(run.path.exists() for run in pair)]
-        cells = [interval(accuracies(runs)) for runs in zip(*both)] or ["", ""]
-        rows.append([f"`{name}`", len(both), *cells, interval(differences(half, whole), "+")])
-    return markdown(["", "seeds", "4 chains", "8 chains", "difference"], rows)
+    for names, runs_of in ((METHODS, compared), (HALVED, scored)):
+        single = runs_of("single")
+        for name in names:
+            whole = runs_of(name)
+            half = [run._replace(chains=CHAINS // 2) for run in whole]
+            cells = [interval(accuracies(runs)) for runs in (half, whole)]
+            cells += [interval(differences(half, runs), "+") for runs in (whole, single)]
+            rows.append([f"`{name}`", whole[0].temperature, len(accuracies(half)), *cells])
+    header = ["4 chains", "8 chains", "4 minus 8 chains", "minus `single` with 8"]
+    return markdown(["", "T", "seeds", *header], rows)
+
+
+def scored(name):
+    """The runs of a method at T = 0.9 from the bases that compare scores."""
+    return [Run(name, PAPER_T, seed) for seed in SCORED]
+
+
+def cold_table():
+    """80 and 400 steps at T = 0.1."""
+    rows = []
+    for name in COLD:
+        cells = []
+        for steps in (STEPS, 400):
+            runs = [Run(name, COLD_T, seed, steps=steps) for seed in SCORED]
+            single = [run._replace(name="single") for run in runs]
+            minus = interval(differences(runs, single), "+") if name != "single" else ""
+            cells += [interval(accuracies(runs)), minus]
+        rows.append([f"`{name}`", len(accuracies(runs)), *cells])
+    header = [f"{n} steps{more}" for n in (STEPS, 400) for more in ("", ", minus `single`")]
+    return markdown(["", "seeds", *header], rows)
 
 
 def compared(name, temperature=None):
@@ -534,6 +562,7 @@ TABLES = {
     "drawn": drawn_table,
     "diversity": diversity_table,
     "long": long_table,
+    "cold": cold_table,
     "half": half_table,
 }
 
