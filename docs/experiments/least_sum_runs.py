@@ -81,6 +81,7 @@ FEW |= {name: EACH[name] for name in ("different-tokens k=8", "multiplex k=8")}
 FEW |= {"single T=1, cut": CUT["single T=1, cut"]}
 SOME = SINGLE | GREEDY | EACH | CUT
 SOME |= {f"soft-thinking k={k}": K[k][f"soft-thinking k={k}"] for k in (2, 4, 8, 32)}
+WIDER = {"m=6": {"soft-thinking k=64": {"method": "soft-thinking", "k": 64}}}  # for its 64 sums
 ALL = SINGLE | GREEDY | K[2] | K[4] | K[8] | K[16] | K[32] | COLD | CUT
 
 LEARNERS = {
@@ -123,7 +124,7 @@ def around():
     for supervision in ("soft", "random", "best"):
         for name, base in (sizes | widths if supervision != "best" else sizes).items():
             base = base | {"supervision": supervision}
-            found[f"base {supervision} {name}"] = base, None, SOME, 3
+            found[f"base {supervision} {name}"] = base, None, SOME | WIDER.get(name, {}), 3
     for name in ("single", "single T=0.3"):
         how = LEARNERS[name]
         base = WORLD | {"supervision": "random"}
