@@ -20,8 +20,10 @@ import json
 import random
 import re
 import sys
+import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, product
@@ -265,17 +267,22 @@ def warm_start(
 def make_base(folder, **settings):
     """The warm-started model in `folder`, made unless it is there. For m = 4 about 100 seconds.
 
-    `settings` are those of `warm_start`. base.json, written last, keeps them, the time it took, and
-    the loss every 20 steps.
+    `settings` are those of `warm_start`. base.json keeps them, the time it took, and the loss every
+    20 steps. Where two processes make the same base, the folder is that of the first.
     """
     folder, began = Path(folder), time.perf_counter()
     if not (folder / "base.json").exists():
         model, tokenizer, losses = warm_start(**settings)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        seconds = round(time.perf_counter() - began, 1)
-        about = {"settings": settings, "seconds": seconds, "losses": losses[19::20]}
-        (folder / "base.json").write_text(json.dumps(about))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as new:
+            new = Path(new, "base")
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            seconds = round(time.perf_counter() - began, 1)
+            about = {"settings": settings, "seconds": seconds, "losses": losses[19::20]}
+            (new / "base.json").write_text(json.dumps(about))
+            with suppress(OSError):  # it is there by now
+                new.rename(folder)
     return folder
 
 

@@ -11,11 +11,14 @@ docs/experiments/results/temperatures; one that is there is not repeated.
 Seeds 0 to 4 train every method at every temperature, and are read on 250 test problems x 8 chains.
 They choose each method's temperature, and seeds 0 and 1 its learning rate there. Seeds 5 to 9
 compare: each method at what was chosen for it, read before and after on 1,000 problems. Nothing is
-chosen for the paper's T = 0.9: there seeds 0 to 4 compare. Seeds 10 to 14 compare scores there, and
-half the chains, and train at T = 0.1 for 400 steps. In
-the world of paths.py seeds 0 to 4 compare methods at three temperatures, and read each model that
-was trained at T = 0.9 by every method. A run takes about a minute on one thread
-of an AMD EPYC with bf16, one that is read on 1,000 problems two, and 400 steps take four.
+chosen for the paper's T = 0.9: there seeds 0 to 4 compare. Seeds 10 to 14 compare scores there.
+Seeds 15 to 19 compare half the chains there, and train at T = 0.1 for 400 steps. In the world of
+paths.py seeds 0 to 4 compare methods at three temperatures, and read each model that was trained at
+T = 0.9 by every method. A run takes about a minute on one thread of an AMD EPYC with bf16, one that
+is read on 1,000 problems two, and 400 steps take four.
+
+A seed makes the same base each time on the same kind of processor. The bases of the results of
+seeds 0 to 14, and of paths.py, are others: two threads made them, and shared one random generator.
 """
 
 import argparse
@@ -82,6 +85,7 @@ RATES = (RATE / 2, RATE, RATE * 2)
 CHOOSE, COMPARE = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)  # seeds
 RATED = CHOOSE[:2]  # seeds that choose the rate
 SCORED = (10, 11, 12, 13, 14)  # seeds that compare scores
+LATER = (15, 16, 17, 18, 19)  # seeds that halve the chains at T = 0.9, and train long at T = 0.1
 PATHS = ("single", "dirichlet", "different-tokens", "multiplex", "soft-thinking")
 PATHS_T = (0.9, 0.1, 0.5)
 PAPER_T = 0.9  # the paper's temperature; the choosing seeds compare there
@@ -105,7 +109,7 @@ DRAWN = {
 LONG = [(name, CHOOSE) for name in ("single", "different-tokens", "soft-thinking")]
 LONG += [(name, SCORED) for name in ("single", "multiplex")]  # these train for 400 steps too
 COLD = ("single", "different-tokens", "multiplex")  # and these at T = 0.1
-HALVED = ("single", "dirichlet", "different-tokens", "multiplex")  # with 4 chains at T = 0.9 too
+HALVED = ("single", "dirichlet", "different-tokens", "multiplex")  # these with 4 chains at T = 0.9
 WIDE = ("single", "different-tokens", "multiplex")  # at T = 0.9 these are read with 32 chains too
 T95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, by the number of seeds
 
@@ -245,16 +249,27 @@ def cross():
             print(time.strftime("%H:%M:%S"), path.name, flush=True)
 
 
-def started(run):
-    """One run in a process of its own, on one thread."""
-    if run.path.exists():
-        return
+def in_a_process(name, *flags):
+    """This script with these flags, on one thread; its output goes to runs/temperatures/NAME.log.
+    Bases too, for a warm start sets the seed of torch, which threads would share."""
     RUNS.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(HERE / "temperatures.py"), "--run", json.dumps(run)]
-    with (RUNS / f"{run.path.stem}.log").open("w") as log:
+    with (RUNS / f"{name}.log").open("w") as log:
+        command = [sys.executable, str(HERE / "temperatures.py"), *flags]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, check=False, env=env, stdout=log, stderr=log)
-    print(time.strftime("%H:%M:%S"), *run, f"status {done.returncode}", flush=True)
+    print(time.strftime("%H:%M:%S"), name, f"status {done.returncode}", flush=True)
+
+
+def carry_out_all(runs, jobs):
+    """The runs that are missing, and before them the bases that they need."""
+    runs = [run for run in runs if not run.path.exists()]
+    bases = sorted({(run.seed, run.world) for run in runs})
+    with ThreadPoolExecutor(jobs) as pool:
+        for base in bases:
+            pool.submit(in_a_process, "base-{}-{}".format(*base), "--base", json.dumps(base))
+    with ThreadPoolExecutor(jobs) as pool:
+        for run in runs:
+            pool.submit(in_a_process, run.path.stem, "--run", json.dumps(run))
 
 
 def accuracies(runs, read="after, own", key="pass@1"):
@@ -287,8 +302,9 @@ def stages():
     yield [Run(name, PAPER_T, seed) for seed in CHOOSE for name in CONTROLS]
     yield [Run(name, *at(name, seed), chains=CHAINS // 2) for seed in COMPARE for name in METHODS]
     yield [Run(name, PAPER_T, seed) for seed in SCORED for name in METHODS | SCORES]
-    yield [Run(name, PAPER_T, seed, chains=CHAINS // 2) for seed in SCORED for name in HALVED]
-    yield [Run(name, COLD_T, s, steps=n) for s in SCORED for n in (400, STEPS) for name in COLD]
+    for chains in (CHAINS // 2, CHAINS):
+        yield [Run(name, PAPER_T, seed, chains=chains) for seed in LATER for name in HALVED]
+    yield [Run(name, COLD_T, s, steps=n) for s in LATER for n in (STEPS, 400) for name in COLD]
     for T in PATHS_T:
         names = (*PATHS, "noise") if T == PAPER_T else PATHS
         yield [Run(name, T, seed, world="paths") for seed in CHOOSE for name in names]
@@ -383,7 +399,7 @@ def long_table():
 def half_table():
     """Half the chains, at each method's best temperature and at T = 0.9."""
     rows = []
-    for names, runs_of in ((METHODS, compared), (HALVED, scored)):
+    for names, runs_of in ((METHODS, compared), (HALVED, later)):
         single = runs_of("single")
         for name in names:
             whole = runs_of(name)
@@ -395,9 +411,9 @@ def half_table():
     return markdown(["", "T", "seeds", *header], rows)
 
 
-def scored(name):
-    """The runs of a method at T = 0.9 from the bases that compare scores."""
-    return [Run(name, PAPER_T, seed) for seed in SCORED]
+def later(name):
+    """The runs of a method at T = 0.9 from the bases made last."""
+    return [Run(name, PAPER_T, seed) for seed in LATER]
 
 
 def cold_table():
@@ -406,7 +422,7 @@ def cold_table():
     for name in COLD:
         cells = []
         for steps in (STEPS, 400):
-            runs = [Run(name, COLD_T, seed, steps=steps) for seed in SCORED]
+            runs = [Run(name, COLD_T, seed, steps=steps) for seed in LATER]
             single = [run._replace(name="single") for run in runs]
             minus = interval(differences(runs, single), "+") if name != "single" else ""
             cells += [interval(accuracies(runs)), minus]
@@ -608,6 +624,7 @@ def main():
     parser.add_argument("--cross", action="store_true", help="read single's models by all")
     parser.add_argument("--table", action="store_true", help="print the results")
     parser.add_argument("--run", help="one run, as JSON, in this process")
+    parser.add_argument("--base", help="one base, its seed and its world as JSON, in this process")
     a = parser.parse_args()
     if a.table:
         table()
@@ -617,13 +634,12 @@ def main():
     elif a.run:
         torch.set_num_threads(1)
         carry_out(Run(*json.loads(a.run)))
+    elif a.base:
+        torch.set_num_threads(1)
+        base_of(*json.loads(a.base))
     else:
-        with ThreadPoolExecutor(a.jobs) as pool:
-            for stage in islice(stages(), a.stages):
-                runs = [run for run in dict.fromkeys(stage) if not run.path.exists()]
-                bases = sorted({(run.seed, run.world) for run in runs})
-                list(pool.map(lambda base: base_of(*base), bases))
-                list(pool.map(started, runs))
+        for stage in islice(stages(), a.stages):
+            carry_out_all(dict.fromkeys(stage), a.jobs)
 
 
 if __name__ == "__main__":

@@ -338,6 +338,42 @@ def test_scores_are_compared_with_the_same_methods_representative_by_hand(result
     ]
 
 
+def test_half_the_chains_and_long_cold_runs_are_compared_by_hand(results):
+    Run = temperatures.Run
+    for seed, right in zip(temperatures.LATER, (0.5, 0.7)):
+        for name, more in (("single", 0.0), ("dirichlet", 0.1)):
+            results(Run(name, 0.9, seed), right + more)
+            results(Run(name, 0.9, seed, chains=4), right + more - 0.05)
+        for name, more in (("single", 0.0), ("multiplex", 0.1)):
+            results(Run(name, 0.1, seed), right)
+            results(Run(name, 0.1, seed, steps=400), right + more)
+    wide = f" ± {12.7 * 0.1:.3f}"
+    (row,) = (
+        x for x in temperatures.half_table().splitlines() if x.startswith("| `dirichlet` | 0.9")
+    )
+    cells = f"0.650{wide} | 0.700{wide} | -0.050 ± 0.000 | +0.050 ± 0.000"
+    assert row == f"| `dirichlet` | 0.9 | 2 | {cells} |"
+    assert temperatures.cold_table().splitlines()[2:] == [
+        f"| `single` | 2 | 0.600{wide} |  | 0.600{wide} |  |",
+        "| `different-tokens` | 0 |  |  |  |  |",
+        f"| `multiplex` | 2 | 0.600{wide} | +0.000 ± 0.000 | 0.700{wide} | +0.100 ± 0.000 |",
+    ]
+
+
+def test_bases_are_made_once_before_their_runs_each_in_a_process(results, monkeypatch):
+    """Threads of one process would share torch's generator."""
+    asked = []
+    monkeypatch.setattr(temperatures, "in_a_process", lambda name, *flags: asked.append(flags))
+    runs = [temperatures.Run(name, 0.9, seed) for seed in (3, 4) for name in ("single", "noise")]
+    results(runs[0], 0.5)
+    temperatures.carry_out_all(runs, jobs=2)
+    bases = [json.loads(value) for flag, value in asked if flag == "--base"]
+    assert bases == [[3, "sums"], [4, "sums"]]
+    assert [json.loads(value)[:3] for flag, value in asked[2:]] == [
+        list(run[:3]) for run in runs[1:]
+    ]
+
+
 def test_the_paths_worlds_tables_by_hand(results):
     for name, right in (("single", 0.4), ("dirichlet", 0.5), ("noise", 0.1)):
         run = temperatures.Run(name, 0.9, 0, world="paths")
