@@ -119,7 +119,6 @@ def around():
     sizes["m=6"] = {"count": 6, "max_value": 39, "steps": 4000}
     sizes["steps=3000"] = WORLD | {"steps": 3000}
     widths = {"width=64": WORLD | {"width": 64}, "width=256": WORLD | {"width": 256}}
-    widths["width=256 lr=1e-3"] = WORLD | {"width": 256, "lr": 1e-3}
     found = {}
     for supervision in ("soft", "random", "best"):
         for name, base in (sizes | widths if supervision != "best" else sizes).items():

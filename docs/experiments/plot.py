@@ -244,11 +244,8 @@ def by_k(variant, rules, ks):
 BASES = ("base soft", "base soft+random", "base random", "base soft+best", "base best")
 HOW = ("soft", "random", "best")  # what a base of AROUND was taught
 AROUND = [f"base {how} {n}" for n in ("steps=3000", "m=3", "m=5", "m=6") for how in HOW]
-AROUND += [f"base {how} {n}" for n in ("width=64", "width=256 lr=1e-3") for how in HOW[:2]]
-AROUND += [
-    "base soft width=256",
-    *(f"grpo {name} from random" for name in ("single", "single T=0.3")),
-]
+AROUND += ["base soft width=64", "base random width=64", "base soft width=256"]
+AROUND += ["grpo single from random", "grpo single T=0.3 from random"]
 LEARNERS = ("single", "single T=0.3", "multiplex", "different-tokens", "dirichlet")
 LEARNERS += ("soft-thinking", "soft-thinking exact")
 READS = ("single T=1", "single T=0.1", "different-tokens k=8", "multiplex k=8")
