@@ -7,7 +7,6 @@ ends the thought with `</think>`, answers in ordinary tokens, and is trained wit
     logits z --softmax(z / T)--> p --k candidates v, weights w--> sum_i w_i E[v_i] --> next input
 
 Part One is the method, and a student can stop at its end. Part Two is the program around it.
-
 Letters in shapes: B rows (a row is one chain, one completion of a prompt), G chains a prompt, n
 prompts, P the longest prompt, T new tokens (in formulas T is the temperature), k candidates, V
 vocabulary, d width, N steps picked out of B x T, Q inputs of a pass, S places in a cache."""
@@ -55,10 +54,10 @@ LOGITS_CHUNK = 2**24  # numbers in a chunk of logits (section 6)
 # ---------------------------------------------------------------------------------- 1. settings
 @dataclass
 class Config:
-    """All settings: each is a flag, its comment the help text; (paper: x), or (ours)."""
+    """All settings: each is a flag, its comment the help text. Some say (paper: x) or (ours)."""
 
     # a mixture (section 2), the end of a thought (3), the score of a step (4)
-    method: str = "dirichlet"  # a preset of METHODS (section 9; more in docs/tools/field.py)
+    method: str = "dirichlet"  # a preset of METHODS (section 2; more in docs/tools/field.py)
     sampling: str = "top-k"  # the rule that chooses the candidates
     aggregation: str = "dirichlet"  # the rule that weights the candidates
     k: int = 2  # candidates a step (paper: 2)
@@ -72,7 +71,7 @@ class Config:
     end: str = "drawn"  # the rule that ends a thought: drawn or most-likely
     # GRPO (7) and the training loop (8)
     chains: int = 10  # G, the chains (sampled completions) of a prompt (paper: 10 or 5)
-    prompts_per_step: int = 1  # prompts a step (paper: 1)
+    prompts_per_step: int = 1  # prompts a training step (paper: 1)
     accumulate: int = 4  # steps in an optimiser update; they are sampled together (paper: 4)
     steps: int = 1000  # training steps (paper: 1000)
     lr: float = 5e-6  # AdamW's learning rate (paper: 5e-6, but on bf16 weights; here they are fp32)
@@ -109,7 +108,7 @@ class Config:
 #     weights   w = p^, or drawn around it: w ~ Dir(c p^), say (0.7, 0.3)
 #     next      0.7 E[a] + 0.3 E[b]
 # An ordinary token is a mixture whose first weight is 1, so answers, the single-token baseline and
-# the end tag need no code of their own. A candidate fills a slot; a slot with log-weight -inf is
+# the end tag are fed by the same code. A candidate fills a slot; a slot with log-weight -inf is
 # empty. The representative, also called the token read, is the candidate that goes into the text.
 class Mixture(NamedTuple):
     """One step of B rows."""
@@ -182,7 +181,7 @@ def plackett_luce(log_p, tokens, cfg):
 
 def dirichlet(log_hat, log_p, cfg, generator=None):
     """w ~ Dir(c p^), whose mean is p^: c -> inf gives p^, c -> 0 one token drawn from p^. Drawn as
-    Gamma(a), a = c p^, in logs: Gamma(a) = Gamma(a + 1) U^(1 / a), and so no a is too small."""
+    Gamma(a), a = c max(p^, 1e-5), in logs, where nothing underflows: Gamma(a + 1) U^(1 / a)."""
     a = cfg.concentration * log_hat.exp().clamp(min=1e-5)  # (B, k)
     minus_log_u = torch.empty_like(a).exponential_(generator=generator)
     return torch._standard_gamma(a + 1, generator).log() - minus_log_u / a
@@ -198,6 +197,13 @@ def dirichlet_logdensity(log_hat, log_w, filled, cfg):
 SAMPLING = {"top-k": Candidates(top_k)}
 SAMPLING["without-replacement"] = Candidates(without_replacement, plackett_luce)
 AGGREGATION = {"probability": Weights(), "dirichlet": Weights(dirichlet, dirichlet_logdensity)}
+DRAWS = {"sampling": "without-replacement", "aggregation": "probability"}
+METHODS = {
+    "single": DRAWS | {"k": 1},  # ordinary tokens
+    "dirichlet": {"sampling": "top-k", "aggregation": "dirichlet"},  # the paper's
+    "different-tokens": DRAWS | {"logprob": "weighted"},  # the paper's
+    "soft-thinking": {"sampling": "top-k", "aggregation": "probability"},  # arXiv 2505.15778
+}
 
 
 def weigh(log_hat, log_p, cfg, generator=None):
@@ -207,7 +213,7 @@ def weigh(log_hat, log_p, cfg, generator=None):
 
 
 def sample_mixture(logits, cfg, generator=None, first=None) -> Mixture:
-    """One thinking step from logits (B, V). `first` (B,): a token already drawn from p, if any."""
+    """A mixture from logits (B, V) of p', here called p. `first` (B,): a draw from it, if any."""
     candidates = SAMPLING[cfg.sampling]
     weights = AGGREGATION[cfg.aggregation]
     log_p = token_distribution(logits, cfg.temperature)  # (B, V)
@@ -306,11 +312,12 @@ END = {
 #     weighted         sum_i w_i log p(v_i)     0.625 log 0.40 + 0.375 log 0.24              = -1.11
 #     exact            of all that was drawn    log 0.80 + log 0.50 + log(0.30 / (1 - 0.50)) = -1.43
 # The paper scores tokens, by the first two. `exact` makes R grad log P an unbiased estimate of the
-# policy gradient (where w = p^, with section 6's extra passes). For a MIXED step it is the sum of
+# policy gradient, for an R that sees only the states of a thought. Where w = p^ this needs section
+# 6's extra passes; where w is drawn, jumps of top-k are left out. For a MIXED step it is the sum of
 #     log(1 - p_end)    p_end is the chance that y ~ p ends the thought (section 3)
 #     log P'(v)         if the candidates were drawn; P' is the probability under p'
 #     log f(w)          if the weights were drawn; f is a density
-#     log P(state)      if the token read was drawn from w: the chance that it leads to this state
+#     log P(state)      if the token read was drawn from w: the sum of w that leads to its state
 PAD, FORCED, TOKEN, MIXED = range(4)
 
 
@@ -324,7 +331,7 @@ def mixture_logprob(logits, tokens, log_weights, representative, cfg):
 
 
 def step_logprob(logits, step, tag, cfg):
-    """Log-prob (...) of recorded Steps, from `logits` (..., V). Callers zero PAD and FORCED."""
+    """Log-prob (...) of Steps (section 5), from `logits` (..., V). Callers zero PAD and FORCED."""
     tokens, log_w, read, kind, matched = step[:5]
     log_p = step_distribution(logits, matched, tag, cfg)  # (..., V)
     log_y = log_p.gather(-1, read[..., None])[..., 0]  # (...)
@@ -353,7 +360,7 @@ def step_logprob(logits, step, tag, cfg):
 
 
 def going_on(log_p, step, tag):
-    """log(1 - p_end) (...), log_q = log p' (..., V), log p^ (..., k); p' is p where none mixed."""
+    """log(1 - p_end) (...), log_q = log p' (..., V), log p^ (..., k); unmixed steps: p' = p."""
     mixed = (step.kind == MIXED)[..., None]  # (..., 1)
     ends = tag.ends[step.matched] & mixed  # (..., V)
     log_on = log_p.masked_fill(ends, -inf)  # (..., V)
@@ -482,7 +489,7 @@ class Decoder:
         mixes &= (entropy >= cfg.mix_entropy) & (self.t < (cfg.mix_steps or inf))
         mixes &= cfg.k > 1 or not SAMPLING[cfg.sampling].logprob  # one draw is an ordinary token
         z_on = z.masked_fill(tag.ends[matched], -inf)  # (B, V) the logits of p'
-        m = sample_mixture(z_on, cfg, self.generator, first=y)
+        m = sample_mixture(z_on, cfg, self.generator, first=y)  # for the rows that mix
         tokens = torch.where(mixes[:, None], m.tokens, y[:, None])  # (B, k)
         log_w = torch.where(mixes[:, None], m.log_weights, self.one_hot)
         kind = torch.where(forced, FORCED, torch.where(mixes, MIXED, TOKEN))
@@ -560,21 +567,21 @@ def completion_hidden(model, r, log_weights):
     _, chains = torch.unique_consecutive(r.prompt, return_counts=True)  # (n,) rows a prompt
     first = chains.cumsum(0) - chains  # (n,) a prompt's first row
     cache = transformers.DynamicCache(config=model.config)
-    read = forward(model, r.prompt_ids[first], r.prompt_mask[first], cache)  # (n, P, d)
+    prompts = forward(model, r.prompt_ids[first], r.prompt_mask[first], cache)  # (n, P, d)
     cache.batch_repeat_interleave(chains)
     table = model.get_input_embeddings().weight
     embeds = mixture_embedding(table, r.tokens, log_weights)  # (B, T, d)
     visible = F.pad(r.prompt_mask, (0, r.kind.shape[1]), value=True)  # (B, P + T)
-    steps = forward(model, embeds, visible, cache)  # (B, T, d)
+    states = forward(model, embeds, visible, cache)  # (B, T, d)
     # the prompt's last state predicts step 0, that of step t - 1 predicts step t
-    before = read[:, -1:].repeat_interleave(chains, dim=0)  # (B, 1, d)
-    return torch.cat([before, steps[:, :-1]], dim=1)
+    before = prompts[:, -1:].repeat_interleave(chains, dim=0)  # (B, 1, d)
+    return torch.cat([before, states[:, :-1]], dim=1)
 
 
 # If w is computed from p, the parameters act by a second path: theta -> w_1 -> the input of step 2
-# -> p_2. Recorded weights have no gradient along it. An extra pass computes the weights again from
-# the recorded inputs: equal values, but with a gradient. The next pass mixes its inputs by them.
-# So n extra passes cover paths through n weights in a row, and T steps need n = T - 1.
+# -> p_2. Recorded weights have no gradient along it. An extra pass computes the weights again:
+# equal values, but with a gradient. The next pass mixes its inputs by them. So n extra passes cover
+# paths through n weights in a row; T steps need n = T - 1. (You may skip this at a first reading.)
 def weights_of_p(logits, step, tag, cfg):
     """log w (N, k) of recorded Steps: the value is the record's, the gradient that of w(p)."""
     weights = AGGREGATION[cfg.aggregation]
@@ -754,14 +761,7 @@ def train(cfg):
 
 
 # PART TWO: WHAT SURROUNDS IT
-# -------------------------------------------------------------------- 9. methods and settings
-DRAWS = {"sampling": "without-replacement", "aggregation": "probability"}
-METHODS = {
-    "single": DRAWS | {"k": 1},
-    "dirichlet": {"sampling": "top-k", "aggregation": "dirichlet"},
-    "different-tokens": DRAWS | {"logprob": "weighted"},
-    "soft-thinking": {"sampling": "top-k", "aggregation": "probability"},
-}
+# -------------------------------------------------------------------- 9. settings are checked
 CHOICES = {"method": METHODS, "sampling": SAMPLING, "aggregation": AGGREGATION, "end": END}
 CHOICES["logprob"] = "representative", "weighted", "exact"
 CHOICES["task"] = reasoning_gym.factory.DATASETS
@@ -815,7 +815,7 @@ def make_config(method="dirichlet", **overrides) -> Config:
 # the warm start, 2 + seed for a run.
 SYSTEM = "Think inside <think> and </think>, then give the answer inside <answer> and </answer>."
 FORMAT = r"((?!</think>|<answer>).)*</think>\s*<answer>((?!</?answer>).)*</answer>\s*"
-counts = Counter()  # since a step began: "too_long" prompts; answers "refused", "raised", "died"
+counts = Counter()  # since `collect` began: "too_long" prompts; answers "refused", "raised", "died"
 
 
 @lru_cache(maxsize=64)
@@ -873,14 +873,14 @@ def test_problems(cfg, tokenizer):
 
 
 def extract_answer(text):
-    """'1 + 1</think> <answer> 2 </answer>' -> '2': the last answer after the thought, or None."""
+    """'1 + 1</think> <answer> 2 </answer>' -> '2': the last answer after the last tag, or None."""
     _, closed, reply = text.rpartition(TAG)
     answers = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", reply, re.DOTALL)
     return answers[-1].strip() if closed and answers else None
 
 
 def rewards(problems, texts):
-    """For each problem and text, the paper's reward and its parts; `correct`: the score is 1."""
+    """For each problem and text the paper's reward; its parts but length; `correct`: score is 1."""
     pairs, found = zip(problems, texts, strict=True), []
     items = [(task, extract_answer(text), entry) for (task, entry, _), text in pairs]
     for points, text in zip(scores(items), texts):
@@ -1093,7 +1093,7 @@ def begin(cfg):
 
 
 def write(cfg, name, content):
-    """Writes a file of a run's folder, never in part; --resume needs config.json and trainer.pt."""
+    """Writes a file of a run's folder, never in part; --resume reads config.json and trainer.pt."""
     path = Path(cfg.out, name)
     new = path.with_suffix(".new")
     with refusing(f"{path} was not written; --resume goes on from the last checkpoint"):

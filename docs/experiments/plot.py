@@ -209,11 +209,30 @@ def ends(path=RESULTS / "ends.json"):
     return markdown(header, sorted(rows))
 
 
-def least_sum(variant, read):
+def least_sum(variant, read, key="right"):
     """Accuracies in the world of least_sum.py, a number a seed, of a variant by a read-out."""
     paths = sorted((RESULTS / "least_sum").glob(f"{variant.replace(' ', '-')}.[0-9].json"))
     reads = [json.loads(path.read_text())["read_out"] for path in paths]
-    return [found[read]["right"] for found in reads if read in found]
+    return [found[read][key] for found in reads if read in found]
+
+
+def guess_table(sizes, supervision, cold, wide):
+    """Where the parity of the numbers is not the answer: bases by cold tokens and by the mixture
+    that holds all sums, `wide` by size."""
+    rows = []
+    for size in sizes:
+        for how in supervision:
+            name = f"base {how} {size}".strip()
+            path = RESULTS / "least_sum" / f"{name.replace(' ', '-')}.0.json"
+            guess = json.loads(path.read_text())["guess_right"]
+            cells = [seeds(least_sum(name, read, "hard")) for read in (cold, wide[size])]
+            rows.append([name.removeprefix("base "), f"{guess:.2f}", *cells])
+    return markdown(["base", "parity is right", cold, "`soft-thinking`, k = 16, 32, 64"], rows)
+
+
+def seeds(values):
+    """As `shown`, but two are listed."""
+    return f"{values[0]:.2f}, {values[1]:.2f}" if len(values) == 2 else shown(values, 2)
 
 
 def least_sum_table(variants, reads):
@@ -227,8 +246,7 @@ def around_table(variants, reads):
     rows = []
     for name in variants:
         found = [least_sum(name, read) for read in reads]
-        cells = [shown(x, 2) if len(x) != 2 else f"{x[0]:.2f}, {x[1]:.2f}" for x in found]
-        rows.append([name.removeprefix("base "), len(found[0]), *cells])
+        rows.append([name.removeprefix("base "), len(found[0]), *map(seeds, found)])
     return markdown(["base", "seeds", *reads], rows)
 
 
@@ -246,11 +264,23 @@ HOW = ("soft", "random", "best")  # what a base of AROUND was taught
 AROUND = [f"base {how} {n}" for n in ("steps=3000", "m=3", "m=5", "m=6") for how in HOW]
 AROUND += ["base soft width=64", "base random width=64", "base soft width=256"]
 AROUND += ["grpo single from random", "grpo single T=0.3 from random"]
+WIDE = {"m=3": "soft-thinking k=16", "": "soft-thinking k=16"}  # by size: 2^m candidates or more
+WIDE |= {"m=5": "soft-thinking k=32", "m=6": "soft-thinking k=64"}
 LEARNERS = ("single", "single T=0.3", "multiplex", "different-tokens", "dirichlet")
 LEARNERS += ("soft-thinking", "soft-thinking exact")
 READS = ("single T=1", "single T=0.1", "different-tokens k=8", "multiplex k=8")
 READS += ("soft-thinking k=16",)
-TEMPERATURES = ("lead", "best", "cross", "drawn", "diversity", "long", "scores", "controls")
+TEMPERATURES = (
+    "lead",
+    "groups",
+    "best",
+    "cross",
+    "drawn",
+    "diversity",
+    "long",
+    "scores",
+    "controls",
+)
 TEMPERATURES += ("paths", "paths_square")
 
 
@@ -276,6 +306,7 @@ def all_tables():
         "bias": bias(),
         "by_k": by_k("base soft", rules, (2, 4, 8, 16, 32)),
         "around": around_table(AROUND, (*READS, "soft-thinking k=32", "soft-thinking k=64")),
+        "guess": guess_table(WIDE, HOW, "single T=0.1", WIDE),
         "alone": probes.step_table(),
         "variance": probes.variance_table(),
         "windows": probes.window_table(),

@@ -351,6 +351,21 @@ def lead_table():
     return markdown(["minus `single`", *(f"T = {T}" for T in TEMPERATURES)], rows)
 
 
+def group_table():
+    """Accuracy minus that of `single` at T = 0.9, by group of bases."""
+    groups = {"0 to 4": CHOOSE, "10 to 14": SCORED, "15 to 19": LATER}
+    rows = []
+    for name in list(METHODS)[1:]:
+        cells = []
+        for seeds in groups.values():
+            runs = [Run(name, PAPER_T, seed) for seed in seeds]
+            cells.append(
+                interval(differences(runs, [r._replace(name="single") for r in runs]), "+")
+            )
+        rows.append([f"`{name}`", *cells])
+    return markdown(["minus `single`, T = 0.9", *(f"seeds {name}" for name in groups)], rows)
+
+
 def rate_table():
     """Half and twice the learning rate at each method's best temperature."""
     rows = []
@@ -572,6 +587,7 @@ TABLES = {
     "controls": control_table,
     "temperatures": temperature_table,
     "lead": lead_table,
+    "groups": group_table,
     "rates": rate_table,
     "best": comparison_table,
     "cross": cross_table,
