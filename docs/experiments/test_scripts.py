@@ -23,6 +23,7 @@ import paths
 import plot
 import probes
 import real
+import same_digits
 import temperatures
 import warm_start  # paths has put its folder into sys.path
 from enumeration import motg
@@ -336,6 +337,33 @@ def test_scores_are_compared_with_the_same_methods_representative_by_hand(result
         "| `multiplex` | representative | 2 | 0.200 ± 0.000 | 0.20 |  |",
         f"| `multiplex` | exact, one pass | 2 | {wide} | 0.50 | +0.400 ± {12.7 * 0.1:.3f} |",
     ]
+
+
+def test_two_logs_are_the_same_or_the_first_difference_is_named():
+    ours = [{"step": 0, "a": 0.5, "new": 1.0}, {"step": 1, "a": 0.25, "new": 1.0}], b"weights"
+    theirs = [{"step": 0, "a": 0.5}, {"step": 1, "a": 0.25}], b"weights"
+    found = same_digits.compared(ours, theirs)
+    assert found == {"numbers": 4, "first difference": None, "same weights": True}
+    theirs[0][1]["a"] = 0.25000001
+    found = same_digits.compared(ours, (theirs[0], b"others"))
+    assert found["first difference"] == "step 1, a: 0.25, 0.25000001"
+    assert not found["same weights"]
+    with pytest.raises(ValueError, match="zip"):
+        same_digits.compared(ours, (theirs[0][:1], b"weights"))
+
+
+def test_the_least_sums_tables_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    (tmp_path / "least_sum").mkdir()
+    for seed, right in enumerate((0.5, 0.75)):
+        reads = {"a": {"right": right, "hard": right - 0.25}, "b": {"right": 0.25, "hard": 0.0}}
+        kept = {"guess_right": 0.4, "read_out": reads}
+        (tmp_path / f"least_sum/base-soft-m=3.{seed}.json").write_text(json.dumps(kept))
+    found = plot.around_table(["base soft m=3"], ("a", "b", "c")).splitlines()
+    assert found[0] == "| base | seeds | a | b | c |"
+    assert found[2] == "| soft m=3 | 2 | 0.50, 0.75 | 0.25, 0.25 |  |"
+    found = plot.guess_table(["m=3"], ["soft"], "b", {"m=3": "a"}).splitlines()
+    assert found[2] == "| soft m=3 | 0.40 | 0.00, 0.00 | 0.25, 0.50 |"
 
 
 def test_half_the_chains_and_long_cold_runs_are_compared_by_hand(results):
