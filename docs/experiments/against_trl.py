@@ -6,7 +6,7 @@
 Both start from the same model, see the same prompts in the same order, and have the same rewards,
 batch, learning rate, KL and clip; both are read out by motg's `evaluate`. They take turns. Seconds
 are of training alone, on one thread, without start-up and evaluations. Rows are written to
-docs/experiments/results/trl.json; three seeds take about seven minutes.
+docs/experiments/results/trl.json; three seeds take about five minutes.
 """
 
 import argparse
